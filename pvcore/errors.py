@@ -1,0 +1,53 @@
+"""Every error a user can meet. Each text says what came, what was wanted and what to do."""
+
+
+class PvcoreError(Exception):
+    """Base of every error pvcore raises on purpose."""
+
+
+class SiteError(PvcoreError):
+    """A site that the model does not have, or that is written wrongly."""
+
+
+class SpanError(PvcoreError):
+    """A span that is unknown, empty, or cannot be located in the tokens."""
+
+
+class ChatError(PvcoreError):
+    """A chat that cannot be turned into token ids without guessing."""
+
+
+class VectorError(PvcoreError):
+    """A persona vector, bank or vector file that cannot be used."""
+
+
+class PlanError(PvcoreError):
+    """An intervention or plan that does not fit the model, the batch or itself."""
+
+
+class ModelError(PvcoreError):
+    """A model whose residual stream cannot be located or hooked safely."""
+
+
+class HookError(PvcoreError):
+    """A plan that did not act where, or as often as, it must."""
+
+
+class TraceError(PvcoreError):
+    """A trace that cannot be run here or now."""
+
+
+class LensError(PvcoreError):
+    """Something TransformerLens names or needs that this model does not have."""
+
+
+class TraitError(PvcoreError):
+    """A trait that is unknown or badly described."""
+
+
+class JudgeFailure(PvcoreError):
+    """A judgement that could not be made; never turned into a number."""
+
+
+class ExtractionError(PvcoreError):
+    """An extraction that has nothing to average."""
