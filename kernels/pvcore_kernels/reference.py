@@ -1,0 +1,145 @@
+"""Projection space in plain torch: the specification of every kernel, and the CPU path.
+
+For a row `h`, raw vectors `v_k` and their unit rows `u_k = v_k/|v_k|`:
+scores `s = h Uᵀ`, a program turns them into coefficients `b` of the unit rows, and the only write
+is `h' = h + b U`. What a later step sees is `s + b G` with the Gram matrix `G = U Uᵀ`, so `h` is
+read once. Arithmetic is float32, or float64 for float64 rows, and `h'` is rounded once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Bound = Float[Tensor, "*#rows 1"] | float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddStep:
+    """Add `shift` to the coefficients of the unit rows.
+
+    `shift` broadcasts to `[..., n_vec]`: the coefficient of each raw vector times its norm.
+    """
+
+    shift: Float[Tensor, "*#rows n_vec"]
+    mask: Float[Tensor, "*#rows 1"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblateStep:
+    """Send the projections of the vectors at `index` to zero, jointly."""
+
+    index: tuple[int, ...]
+    gram_inverse: Float[Tensor, "n_step n_step"]
+    mask: Float[Tensor, "*#rows 1"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapStep:
+    """Clip the projections of the vectors at `index` into `[low, high]`, jointly."""
+
+    index: tuple[int, ...]
+    gram_inverse: Float[Tensor, "n_step n_step"]
+    low: Bound = None
+    high: Bound = None
+    mask: Float[Tensor, "*#rows 1"] | None = None
+
+
+Step = AddStep | AblateStep | CapStep
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are made in: float64 for float64 rows, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def project(
+    h: Float[Tensor, "*rows d_model"], units: Float[Tensor, "n_vec d_model"]
+) -> Float[Tensor, "*rows n_vec"]:
+    """Scores `<h, u_k>` in the units of the residual."""
+    return h.to(units.dtype) @ units.mT
+
+
+def project_layers(
+    rows: Float[Tensor, "site rows d_model"], units: Float[Tensor, "site n_vec d_model"]
+) -> Float[Tensor, "site rows n_vec"]:
+    """Scores of one set of rows per site against that site's own unit vectors."""
+    return torch.bmm(rows.to(units.dtype), units.mT)
+
+
+def segment_mean(
+    h: Float[Tensor, "batch pos d_model"], starts: Sequence[int], ends: Sequence[int]
+) -> Float[Tensor, "batch d_model"]:
+    """Mean of `h[b, starts[b]:ends[b]]` for every row `b`, summed in float64."""
+    sums = [h[b, s:e].sum(0, dtype=torch.float64) for b, (s, e) in enumerate(zip(starts, ends))]
+    counts = torch.tensor([e - s for s, e in zip(starts, ends)], dtype=torch.float64)
+    return torch.stack(sums) / counts.to(h.device)[:, None]
+
+
+def add(
+    h: Float[Tensor, "*rows d_model"],
+    delta: Float[Tensor, "*#rows d_model"],
+    mask: Tensor | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """`h + delta`, rounded once to `h`'s dtype; rows where `mask` is False stay bit-identical."""
+    moved = (h + delta).to(h.dtype)
+    return moved if mask is None else torch.where(mask, moved, h)
+
+
+def joint_inverse(
+    units: Float[Tensor, "n_step d_model"],
+) -> tuple[Float[Tensor, "n_step n_step"], float]:
+    """Inverse of the Gram matrix of unit rows, and its condition number, both from float64."""
+    gram = units.double() @ units.double().mT
+    condition = float(torch.linalg.cond(gram))
+    if not condition < 1 / torch.finfo(torch.float64).eps:
+        return torch.full_like(gram, torch.nan), float("inf")
+    return torch.linalg.inv(gram), condition
+
+
+def _wanted_change(step: AblateStep | CapStep, now: Tensor) -> Tensor:
+    if isinstance(step, AblateStep):
+        return -now
+    clipped = now
+    if step.low is not None:
+        low = torch.as_tensor(step.low, dtype=now.dtype, device=now.device)
+        clipped = torch.maximum(clipped, low)
+    if step.high is not None:
+        high = torch.as_tensor(step.high, dtype=now.dtype, device=now.device)
+        clipped = torch.minimum(clipped, high)
+    return clipped - now
+
+
+def coefficients(
+    scores: Float[Tensor, "*rows n_vec"], gram: Float[Tensor, "n_vec n_vec"], steps: Sequence[Step]
+) -> Float[Tensor, "*rows n_vec"]:
+    """Run the program: the coefficient of every unit row after all steps, in order."""
+    total = torch.zeros_like(scores)
+    for step in steps:
+        if isinstance(step, AddStep):
+            change = step.shift
+        else:
+            now = scores + total @ gram
+            index = list(step.index)
+            joint = _wanted_change(step, now[..., index]) @ step.gram_inverse
+            change = torch.zeros_like(scores)
+            change[..., index] = joint
+        total = total + (change if step.mask is None else change * step.mask)
+    return total
+
+
+def intervene(
+    h: Float[Tensor, "*rows d_model"],
+    units: Float[Tensor, "n_vec d_model"],
+    gram: Float[Tensor, "n_vec n_vec"],
+    steps: Sequence[Step],
+    mask: Tensor | None = None,
+) -> Float[Tensor, "*rows d_model"]:
+    """One read of `h`, the program in projection space, one write.
+
+    `mask` marks the rows any step may touch; all others stay bit-identical.
+    """
+    moves = coefficients(project(h, units), gram, steps)
+    return add(h, moves @ units, mask)

@@ -1,0 +1,137 @@
+"""Where a Hugging Face decoder keeps its residual stream: its blocks and the norms inside them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pvcore.errors import ModelError, SiteError
+from pvcore.sites import Site
+
+# The norm whose input is the residual between attention and MLP, by family. Names alone do not
+# tell (olmo2 norms the attention's output under the same name), so unknown families are refused.
+_MID_NORMS = {
+    "post_attention_layernorm": (
+        "bloom falcon gemma gpt_neox granite llama mistral mixtral phi3 qwen2 qwen2_moe qwen3 "
+        "qwen3_moe smollm3 starcoder2"
+    ).split(),
+    "pre_feedforward_layernorm": "gemma2 gemma3_text".split(),
+    "ln_2": ["gpt2"],
+    "final_layer_norm": ["opt"],
+}
+MID_NORM = {family: norm for norm, families in _MID_NORMS.items() for family in families}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The decoder inside a causal language model.
+
+    `owner` is the module whose forward runs the `blocks` one after another; `path` names the block
+    list inside the model, as in `model.layers`.
+    """
+
+    owner: nn.Module
+    blocks: tuple[nn.Module, ...]
+    path: str
+    d_model: int
+    family: str
+    parallel: bool
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    def require(self, site: Site) -> None:
+        """Raise `SiteError` unless this decoder has the site."""
+        if site.layer >= self.n_layers:
+            raise SiteError(
+                f"got site {site}; this {self.family} model has {self.n_layers} blocks, "
+                f"0 to {self.n_layers - 1}"
+            )
+        if site.kind == "resid_mid":
+            self.mid_norm(site.layer)
+
+    def mid_norm(self, layer: int) -> nn.Module:
+        """The norm that reads `resid_mid` of a block; `SiteError` where there is none."""
+        if self.parallel:
+            raise SiteError(
+                f"got resid_mid.{layer}; the blocks of this {self.family} model run attention and "
+                "MLP in parallel, so no such tensor exists: use resid_pre or resid_post"
+            )
+        name = MID_NORM.get(self.family)
+        norm = getattr(self.blocks[layer], name, None) if name else None
+        if not isinstance(norm, nn.Module):
+            raise SiteError(
+                f"got resid_mid.{layer}; where {self.family} models keep it is not known "
+                f"(known: {', '.join(sorted(MID_NORM))}): use resid_pre or resid_post"
+            )
+        return norm
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Locate the decoder blocks by the configuration's layer count; never by guessing names.
+
+    Raises `ModelError` for encoder-decoder models, for configurations without a layer count or
+    width, and when no or more than one list of blocks fits.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ModelError(
+            f"got a {type(model).__name__} without a config; wanted a transformers causal LM"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"got the encoder-decoder {type(model).__name__}; wanted a decoder-only causal LM"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_layers, d_model = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size"))
+    if not isinstance(n_layers, int) or not isinstance(d_model, int):
+        raise ModelError(
+            f"got {type(config).__name__} with num_hidden_layers={n_layers!r} and "
+            f"hidden_size={d_model!r}; wanted both as whole numbers"
+        )
+    path = _block_list(model, n_layers)
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return Decoder(
+        owner=owner,
+        blocks=tuple(model.get_submodule(path).children()),
+        path=path,
+        d_model=d_model,
+        family=str(getattr(text, "model_type", type(model).__name__)),
+        parallel=_is_parallel(text),
+    )
+
+
+def _block_list(model: nn.Module, n_layers: int) -> str:
+    """The shallowest ModuleList of `n_layers` equal blocks outside vision and audio towers."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != n_layers:
+            continue
+        if any(tower in path for tower in ("vision", "visual", "audio", "encoder.")):
+            continue
+        if all(isinstance(block, nn.Linear | nn.Embedding) for block in module):
+            continue
+        found.setdefault(path.count("."), []).append(path)
+    candidates = found[min(found)] if found else []
+    if len(candidates) != 1:
+        seen = ", ".join(candidates) if candidates else "none"
+        raise ModelError(
+            f"got {type(model).__name__} with block lists of length {n_layers}: {seen}; wanted "
+            "exactly one list of decoder blocks (a module that keeps them in an nn.ModuleList)"
+        )
+    return candidates[0]
+
+
+def _is_parallel(config: Any) -> bool:
+    """Whether blocks feed attention and MLP from one tensor, so that `resid_mid` does not exist."""
+    family = getattr(config, "model_type", "")
+    if family == "gpt_neox":
+        return bool(config.use_parallel_residual)
+    if family == "falcon":
+        return bool(config.parallel_attn or config.new_decoder_architecture)
+    if family == "opt":
+        return not config.do_layer_norm_before
+    if family == "bloom":
+        return bool(config.apply_residual_connection_post_layernorm)
+    return family in {"phi", "gptj", "cohere", "cohere2", "codegen", "gpt_neox_japanese"}
