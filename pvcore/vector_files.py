@@ -1,0 +1,223 @@
+"""The native vector file: safetensors with one JSON metadata string, checked to the last byte.
+
+This module knows the container: tensors, metadata fields, format number, checksum and the atomic
+write. What the fields mean, and which values they may take, is for `pvcore.vectors` to say.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pvcore.errors import SiteError, VectorError
+from pvcore.sites import Site
+
+FORMAT = 1
+METADATA_KEY = "pvcore"
+DIRECTIONS = "directions"
+STATISTICS_PREFIX = "statistics."
+FIELDS = (
+    *("format", "trait", "model_id", "revision", "d_model", "sites", "variant", "provenance"),
+    *("calibration", "pvcore_version", "content_hash", "checksum"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorRecord:
+    """What a file holds: every field is there, no value has been judged yet."""
+
+    directions: Tensor
+    statistics: Mapping[str, Float[Tensor, " n_sites"]]
+    fields: Mapping[str, Any]
+
+
+def encode(record: VectorRecord) -> bytes:
+    """The bytes of a file; equal records give equal bytes.
+
+    `format` and `checksum` are filled in here, over whatever `record.fields` says of them.
+    """
+    tensors = {STATISTICS_PREFIX + name: tensor for name, tensor in record.statistics.items()}
+    tensors[DIRECTIONS] = record.directions
+    fields = {**record.fields, "format": FORMAT}
+    fields["checksum"] = _checksum(tensors, fields)
+    return safetensors.torch.save(tensors, {METADATA_KEY: _canonical(fields)})
+
+
+def decode(data: bytes) -> VectorRecord:
+    """Read what `encode` wrote. Raises `VectorError` for any other bytes."""
+    try:
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise VectorError(
+            f"got bytes that are no whole safetensors file ({error}); wanted a vector file as "
+            "PersonaVector.save writes it: copy it again, or convert other formats with "
+            "pvcore.formats"
+        ) from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    fields = _parse_fields(header.get("__metadata__", {}).get(METADATA_KEY))
+    tensors = {name: _parse_tensor(name, entry) for name, entry in entries}
+    if fields["checksum"] != _checksum(tensors, fields):
+        raise VectorError(
+            "got a checksum that does not match the contents; wanted the file as it was saved: "
+            "it was damaged or edited, so copy it or extract the vector again"
+        )
+    return _parse_record(tensors, fields)
+
+
+def read(path: str | os.PathLike[str]) -> VectorRecord:
+    """Read one file. Raises `VectorError` that names it."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise VectorError(
+            f"{path}: cannot be read ({_reason(error)}); wanted a vector file: check the path"
+        ) from None
+    try:
+        return decode(data)
+    except VectorError as error:
+        raise VectorError(f"{path}: {error}") from None
+
+
+def write(record: VectorRecord, path: str | os.PathLike[str]) -> None:
+    """Write one file whole or not at all. Raises `VectorError` when the disk refuses."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise VectorError(
+            f"{path}: cannot be written: got a folder {str(target.parent)!r} that is not there; "
+            "wanted an existing one: create it first"
+        )
+    data = encode(record)
+    # Same folder, so that the rename stays within one file system and is atomic.
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            with unfinished.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise VectorError(
+            f"{path}: cannot be written ({_reason(error)}); wanted a writable file path: "
+            "nothing was changed there"
+        ) from None
+
+
+def check_fields(got: object, wanted: Iterable[str], where: str) -> dict[str, Any]:
+    """`got` as a mapping with exactly the `wanted` keys, or a `VectorError`."""
+    if not isinstance(got, dict):
+        raise VectorError(f"got {where} {got!r:.60}; wanted a JSON object")
+    missing, unknown = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
+    if missing or unknown:
+        raise VectorError(
+            f"got {where} without {missing} and with unknown {unknown}; wanted exactly "
+            f"{', '.join(sorted(wanted))}: the file was written by another program or version"
+        )
+    return got
+
+
+def parse_sites(texts: object) -> tuple[Site, ...]:
+    """The `sites` field as sites. Raises `VectorError`."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise VectorError(f"got sites {texts!r:.60}; wanted a list such as ['resid_post.20']")
+    try:
+        return tuple(Site.parse(text) for text in texts)
+    except SiteError as error:
+        raise VectorError(f"sites: {error}") from None
+
+
+def pvcore_version() -> str:
+    """The version that a file names as its writer."""
+    try:
+        return importlib.metadata.version("pvcore")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _parse_fields(text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise VectorError(
+            f"got no {METADATA_KEY!r} metadata; wanted a vector file as PersonaVector.save writes "
+            "it: convert other formats with pvcore.formats"
+        )
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise VectorError(
+            f"got metadata that is no JSON ({error}); wanted the metadata as it was saved: "
+            "copy the file or extract the vector again"
+        ) from None
+    number = fields.get("format") if isinstance(fields, dict) else None
+    if isinstance(fields, dict) and (type(number) is not int or number != FORMAT):
+        raise VectorError(
+            f"got vector file format {number!r:.60}; wanted format {FORMAT}: read it with the "
+            "pvcore that wrote it, or update pvcore"
+        )
+    return check_fields(fields, FIELDS, "metadata")
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _parse_tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
+    if name != DIRECTIONS and not name.startswith(STATISTICS_PREFIX):
+        raise VectorError(
+            f"got a tensor {name!r}; wanted {DIRECTIONS!r} and {STATISTICS_PREFIX}NAME only"
+        )
+    if entry["dtype"] != "F32":
+        raise VectorError(f"got tensor {name!r} of dtype {entry['dtype']}; wanted F32")
+    values = np.frombuffer(bytes(entry["data"]), "<f4").astype(np.float32)
+    return torch.from_numpy(values.reshape(entry["shape"]))
+
+
+def _parse_record(tensors: dict[str, Tensor], fields: dict[str, Any]) -> VectorRecord:
+    directions = tensors.pop(DIRECTIONS, None)
+    if directions is None:
+        raise VectorError(f"got no tensor {DIRECTIONS!r}; wanted one of [n_sites, d_model]")
+    for name, tensor in tensors.items():
+        if tensor.shape != directions.shape[:1]:
+            raise VectorError(
+                f"got tensor {name!r} of shape {list(tensor.shape)}; wanted one number for each "
+                f"row of {DIRECTIONS!r} {list(directions.shape)}"
+            )
+    statistics = {name.removeprefix(STATISTICS_PREFIX): tensors[name] for name in sorted(tensors)}
+    return VectorRecord(directions=directions, statistics=statistics, fields=fields)
+
+
+def _checksum(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    """SHA-256 over every field but the checksum itself, and every tensor."""
+    covered = {name: value for name, value in fields.items() if name != "checksum"}
+    digest = hashlib.sha256(_canonical(covered).encode("ascii"))
+    for name in sorted(tensors):
+        digest.update(_canonical([name, list(tensors[name].shape)]).encode("ascii"))
+        digest.update(float32_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def float32_bytes(tensor: Float[Tensor, "..."]) -> bytes:
+    """The numbers as a file holds them: row by row, little-endian."""
+    return tensor.numpy().astype("<f4").tobytes()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path that the message already names."""
+    return getattr(error, "strerror", None) or str(error)
