@@ -27,7 +27,8 @@ class Decoder:
     """The decoder inside a causal language model.
 
     `owner` is the module whose forward runs the `blocks` one after another; `path` names the block
-    list inside the model, as in `model.layers`.
+    list inside the model, as in `model.layers`. `no_mid` says why `resid_mid` does not exist, or
+    is empty.
     """
 
     owner: nn.Module
@@ -35,7 +36,7 @@ class Decoder:
     path: str
     d_model: int
     family: str
-    parallel: bool
+    no_mid: str
 
     @property
     def n_layers(self) -> int:
@@ -53,10 +54,10 @@ class Decoder:
 
     def mid_norm(self, layer: int) -> nn.Module:
         """The norm that reads `resid_mid` of a block; `SiteError` where there is none."""
-        if self.parallel:
+        if self.no_mid:
             raise SiteError(
-                f"got resid_mid.{layer}; the blocks of this {self.family} model run attention and "
-                "MLP in parallel, so no such tensor exists: use resid_pre or resid_post"
+                f"got resid_mid.{layer}; the blocks of this {self.family} model {self.no_mid}, so "
+                "no such tensor exists: use resid_pre or resid_post"
             )
         name = MID_NORM.get(self.family)
         norm = getattr(self.blocks[layer], name, None) if name else None
@@ -98,7 +99,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         path=path,
         d_model=d_model,
         family=str(getattr(text, "model_type", type(model).__name__)),
-        parallel=_is_parallel(text),
+        no_mid=_no_mid(text),
     )
 
 
@@ -123,15 +124,17 @@ def _block_list(model: nn.Module, n_layers: int) -> str:
     return candidates[0]
 
 
-def _is_parallel(config: Any) -> bool:
-    """Whether blocks feed attention and MLP from one tensor, so that `resid_mid` does not exist."""
+def _no_mid(config: Any) -> str:
+    """Why the blocks of this configuration have no residual between attention and MLP, or ""."""
     family = getattr(config, "model_type", "")
-    if family == "gpt_neox":
-        return bool(config.use_parallel_residual)
-    if family == "falcon":
-        return bool(config.parallel_attn or config.new_decoder_architecture)
-    if family == "opt":
-        return not config.do_layer_norm_before
-    if family == "bloom":
-        return bool(config.apply_residual_connection_post_layernorm)
-    return family in {"phi", "gptj", "cohere", "cohere2", "codegen", "gpt_neox_japanese"}
+    parallel = {
+        "gpt_neox": lambda: config.use_parallel_residual,
+        "falcon": lambda: config.parallel_attn or config.new_decoder_architecture,
+    }.get(family, lambda: family in {"phi", "gptj", "cohere", "cohere2", "codegen"})
+    if parallel():
+        return "run attention and MLP in parallel"
+    if family == "opt" and not config.do_layer_norm_before:
+        return "norm the residual itself after attention"
+    if family == "bloom" and config.apply_residual_connection_post_layernorm:
+        return "carry the residual on from inside the norm"
+    return ""

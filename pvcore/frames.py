@@ -1,0 +1,209 @@
+"""Frames: what one forward pass carries. Which rows, which columns, which of them are prompt.
+
+A *call* knows the prompts: pvcore's own generate, stream and read declare theirs. For a forward
+somebody else runs, the call is worked out from the forward's arguments, or refused where that
+would be a guess. Columns count all positions since the start of the sequence, padding included.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from pvcore.errors import HookError, SpanError
+from pvcore.spans import Span
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """The prompts behind one or more forwards. All tensors live on the CPU.
+
+    `rows` gives the chat of every batch row (beams and returned sequences repeat a chat), `mask`
+    the real tokens among the given columns, `last` the column of each row's last prompt token.
+    `steady` keeps what is worked out once for all decode steps. Calls of one `group` are parts of
+    one request, whose rows belong in the order of their chats.
+    """
+
+    rows: Int[Tensor, " batch"]
+    n_chats: int
+    mask: Bool[Tensor, "batch given"]
+    last: Int[Tensor, " batch"] | None
+    generating: bool
+    group: object = field(default_factory=object)
+    steady: dict[object, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """How a generation ended: where each returned sequence came from.
+
+    Token `t` of sequence `s` was produced by batch row `rows[s, t]` in step `t`; `lengths[s]`
+    counts its tokens, the end token included.
+    """
+
+    rows: Int[Tensor, "sequence step"]
+    lengths: Int[Tensor, " sequence"]
+
+
+_NO_CALLS: Mapping[int, Call] = MappingProxyType({})
+_DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
+_FOREIGN: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_foreign", default=_NO_CALLS)
+
+
+@contextmanager
+def running(owner: int, call: Call) -> Iterator[None]:
+    """Declare the call that the forwards of decoder `owner` inside this block belong to."""
+    token = _DECLARED.set({**_DECLARED.get(), owner: call})
+    try:
+        yield
+    finally:
+        _DECLARED.reset(token)
+
+
+class Frame:
+    """One forward of `batch` rows over columns `start` to `start + width`."""
+
+    __slots__ = ("_masks", "batch", "call", "declared", "start", "steady", "width")
+
+    def __init__(self, call: Call, batch: int, start: int, width: int, declared: bool) -> None:
+        self.call, self.batch, self.start, self.width = call, batch, start, width
+        self.declared = declared
+        self.steady = width == 1 and start >= call.mask.shape[1]
+        self._masks: dict[Span, Tensor | bool] = {}
+
+    def select(self, span: Span | None) -> Bool[Tensor, "batch pos"] | bool:
+        """The tokens of a span in this frame: True for every one, False for none, or a mask.
+
+        None is the default of interventions: `response` while generating, else `all`.
+        """
+        if span is None:
+            span = "response" if self.call.generating else "all"
+        if self.steady:
+            return span in ("all", "response")
+        if span not in self._masks:
+            mask = self._mask(span)
+            everything, nothing = bool(mask.all()), not bool(mask.any())
+            self._masks[span] = everything if everything or nothing else mask
+        return self._masks[span]
+
+    def _mask(self, span: Span) -> Bool[Tensor, "batch pos"]:
+        columns = torch.arange(self.start, self.start + self.width)
+        real = self.real()
+        if span == "all":
+            return real
+        if self.call.last is None:
+            raise SpanError(
+                f"got span {span!r} in a forward that does not say where its prompts end; use "
+                "span='all', or run it through model.generate(...) or model.read(...)"
+            )
+        last = self.call.last[:, None]
+        if span == "prompt":
+            return real & (columns <= last)
+        if span == "last_prompt_token":
+            return columns == last
+        return real & (columns >= last)
+
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """Tokens that are no padding; generated columns count as real."""
+        given = self.call.mask[:, self.start : self.start + self.width]
+        generated = torch.ones(self.batch, self.width - given.shape[1], dtype=torch.bool)
+        return torch.cat([given, generated], dim=1)
+
+
+def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Frame:
+    """The frame of a forward of decoder `owner`, from the arguments it is called with."""
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is None or "block_table" in given or "cu_seq_lens_q" in given:
+        raise HookError(
+            "got a forward whose rows are packed or missing (continuous batching?); pvcore cannot "
+            "tell its conversations apart: run it with one row per conversation"
+        )
+    batch, width = int(tokens.shape[0]), int(tokens.shape[1])
+    cache = given.get("past_key_values")
+    start = 0 if cache is None else int(cache.get_seq_length())
+    call = _DECLARED.get().get(owner)
+    declared = call is not None
+    if call is None:
+        call = _foreign_call(owner, given.get("attention_mask"), batch, start, width, training)
+    if len(call.rows) != batch:
+        raise HookError(
+            f"got a forward of {batch} rows inside a call of {len(call.rows)}; assisted or "
+            "contrastive decoding reorders rows: use greedy, sampling or beam search"
+        )
+    return Frame(call, batch, start, width, declared)
+
+
+def _foreign_call(
+    owner: int, mask: Any, batch: int, start: int, width: int, training: bool
+) -> Call:
+    """The call of a forward that pvcore did not start."""
+    phase = _generation_phase()
+    if phase == "decode":
+        known = _FOREIGN.get().get(owner)
+        if known is not None and len(known.rows) == batch:
+            return known
+    if start > 0:
+        return _continued(batch, start, width, phase)
+    real = _real_columns(mask, batch, width)
+    columns = torch.arange(width).expand(batch, width)
+    last = None if training else columns.masked_fill(~real, -1).amax(1)
+    call = Call(
+        rows=torch.arange(batch), n_chats=batch, mask=real, last=last, generating=phase is not None
+    )
+    if phase is not None:
+        _FOREIGN.set({**_FOREIGN.get(), owner: call})
+    return call
+
+
+def _continued(batch: int, start: int, width: int, phase: Phase | None) -> Call:
+    """A forward on top of a cache filled elsewhere: a single token is a reply's, more is unclear."""
+    given = 0 if width == 1 and phase != "prefill" else start + width
+    return Call(
+        rows=torch.arange(batch),
+        n_chats=batch,
+        mask=torch.ones(batch, given, dtype=torch.bool),
+        last=None,
+        generating=phase is not None,
+    )
+
+
+def _real_columns(mask: Any, batch: int, width: int) -> Bool[Tensor, "batch pos"]:
+    """Real tokens of a first forward, from a 2-D mask or from the 4-D masks transformers makes."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones(batch, width, dtype=torch.bool)
+    if mask.ndim == 2:
+        return mask[:, -width:].bool().cpu()
+    # A token attends to itself exactly when it is no padding.
+    diagonal = mask[:, 0, torch.arange(width), torch.arange(width)].cpu()
+    real = diagonal if diagonal.dtype == torch.bool else diagonal > -1
+    return real.expand(batch, width)
+
+
+def _generation_phase() -> Phase | None:
+    """Whether transformers' own `generate` is running this forward, and in which phase.
+
+    The arguments of a forward do not tell a prompt's chunk from a reply's tokens, nor an uncached
+    decode step from a new prompt; the call stack does.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in ("_prefill", "generate") and frame.f_globals.get("__name__") == (
+            "transformers.generation.utils"
+        ):
+            return "prefill" if name == "_prefill" else "decode"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

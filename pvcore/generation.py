@@ -1,0 +1,167 @@
+"""Generation: chats in, tokens out, through transformers' own `generate`.
+
+Prompts are padded on the left whatever the tokenizer's habit, and the call is declared, so that
+every forward knows its rows and where its prompts end.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from pvcore.chats import Batch
+from pvcore.errors import PlanError
+from pvcore.frames import Call, Outcome
+from pvcore.taps import Taps
+
+_OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
+# Decoding that feeds rows pvcore could not tell apart, or positions it takes back again.
+_UNORDERED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha")
+
+# Called after every token with all ids and each row's number of tokens; True stops.
+Watcher = Callable[[Tensor, Tensor], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """New token ids of every returned sequence, cut after its end token."""
+
+    sequences: tuple[Int[Tensor, " pos"], ...]
+
+
+class _Ends:
+    """A stopping criterion that runs the caller's own and remembers where each row ended.
+
+    transformers pads a finished row without saying so; only the criteria know that it ended.
+    """
+
+    def __init__(self, criteria: Sequence[Any], end_ids: Sequence[int], batch: int) -> None:
+        self.criteria, self.end_ids = criteria, torch.tensor(list(end_ids), dtype=torch.long)
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.done = torch.zeros(batch, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.lengths += ~self.done
+        stop = torch.isin(input_ids[:, -1].cpu(), self.end_ids)
+        for criterion in self.criteria:
+            stop = stop | torch.as_tensor(criterion(input_ids, scores, **kwargs)).cpu()
+        self.done |= stop
+        return self.done.to(input_ids.device)
+
+
+class _Watch:
+    """A stopping criterion that hands every step to a watcher and stops when it says so."""
+
+    def __init__(self, watcher: Watcher, ends: _Ends) -> None:
+        self.watcher, self.ends = watcher, ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        stop = self.watcher(input_ids, self.ends.lengths)
+        return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One `generate` call over a batch of prompts."""
+
+    hf: nn.Module
+    taps: Taps
+    tokenizer: Any
+    batch: Batch
+    pad_id: int
+    device: torch.device
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        ours = sorted(_OURS & set(self.settings))
+        if ours:
+            raise PlanError(
+                f"got {', '.join(ours)} as a generation setting; chats are the input, and pvcore "
+                "fills these in itself"
+            )
+        unordered = [name for name in _UNORDERED if self._setting(name) is not None]
+        if unordered and self.taps.is_armed():
+            raise PlanError(
+                f"got {', '.join(unordered)} while a plan is armed; such decoding takes positions "
+                "back: use greedy, sampling or beam search"
+            )
+
+    def _setting(self, name: str) -> Any:
+        """A setting as transformers will see it: argument, given config, then the model's own."""
+        config = self.settings.get("generation_config") or self.hf.generation_config
+        return self.settings.get(name, getattr(config, name, None))
+
+    @property
+    def copies(self) -> int:
+        """How many rows of the batch one chat takes."""
+        return max(self._setting("num_beams") or 1, self._setting("num_return_sequences") or 1)
+
+    @property
+    def _end_ids(self) -> list[int]:
+        ends = self._setting("eos_token_id")
+        return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
+
+    def run(self, watcher: Watcher | None = None) -> Generated:
+        """Generate, and report the outcome to everything that watched."""
+        chats, copies = len(self.batch.ids), self.copies
+        call = Call(
+            rows=torch.arange(chats).repeat_interleave(copies),
+            n_chats=chats,
+            mask=self.batch.mask.repeat_interleave(copies, 0),
+            last=torch.full((chats * copies,), self.batch.ids.shape[1] - 1),
+            generating=True,
+        )
+        settings, ends = self._prepared(watcher, len(call.rows))
+        with self.taps.calling(call) as outcomes:
+            output = self.hf.generate(
+                input_ids=self.batch.ids.to(self.device),
+                attention_mask=self.batch.mask.long().to(self.device),
+                return_dict_in_generate=True,
+                **settings,
+            )
+            new = output.sequences[:, self.batch.ids.shape[1] :].cpu()
+            beams = getattr(output, "beam_indices", None)
+            lengths = ends.lengths if ends else self._lengths(new)
+            rows = torch.arange(len(new))[:, None].expand(-1, new.shape[1])
+            if beams is not None:
+                beams = beams.cpu()
+                lengths, rows = (beams >= 0).sum(1), beams.clamp(min=0)
+            outcomes.append(Outcome(rows=rows, lengths=lengths))
+        return Generated(sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist())))
+
+    def _prepared(
+        self, watcher: Watcher | None, n_rows: int
+    ) -> tuple[dict[str, Any], _Ends | None]:
+        """Settings for transformers, with the criteria that know where a row ended."""
+        from transformers import StoppingCriteriaList
+
+        settings = dict(self.settings)
+        settings.setdefault("pad_token_id", self._setting("pad_token_id"))
+        if settings["pad_token_id"] is None:
+            settings["pad_token_id"] = self.pad_id
+        if self._setting("stop_strings") is not None:
+            settings.setdefault("tokenizer", self.tokenizer)
+        criteria = list(settings.pop("stopping_criteria", None) or ())
+        beams = (self._setting("num_beams") or 1) > 1
+        ends: _Ends | None = None
+        if not beams and (criteria or watcher or self._setting("stop_strings") is not None):
+            ends = _Ends([*criteria, *self._stop_strings()], self._end_ids, n_rows)
+            criteria = [ends] if watcher is None else [ends, _Watch(watcher, ends)]
+        if criteria:
+            settings["stopping_criteria"] = StoppingCriteriaList(criteria)
+        return settings, ends
+
+    def _stop_strings(self) -> list[Any]:
+        from transformers import StopStringCriteria
+
+        strings = self._setting("stop_strings")
+        return [] if strings is None else [StopStringCriteria(self.tokenizer, strings)]
+
+    def _lengths(self, new: Int[Tensor, "sequence step"]) -> Int[Tensor, " sequence"]:
+        """Tokens up to and including the first end token."""
+        ended = torch.isin(new, torch.tensor(self._end_ids, dtype=new.dtype))
+        first = torch.where(ended.any(1), ended.int().argmax(1), new.shape[1] - 1)
+        return first + 1

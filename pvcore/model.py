@@ -1,0 +1,279 @@
+"""HookedModel: a Hugging Face causal language model whose residual stream is in reach."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from pvcore import chats as chat_ids
+from pvcore.activations import Activations, Reading, Reduction, collect
+from pvcore.blocks import find_decoder
+from pvcore.chats import Chats
+from pvcore.errors import ChatError, ModelError, PlanError
+from pvcore.generation import Generated, Request
+from pvcore.interventions import Intervention
+from pvcore.monitor import Seen
+from pvcore.plan import Plan
+from pvcore.programs import compile_programs
+from pvcore.sites import Site, as_sites
+from pvcore.spans import Span, check_span
+from pvcore.stream import AlarmBell, Pieces, Relay, Step
+from pvcore.taps import taps_of
+from pvcore.vectors import VectorBank
+
+
+class HookedModel:
+    """Read, patch, steer and monitor a decoder-only transformers model.
+
+    The model is used as it is: nothing is replaced or renamed, and `hf` stays usable on its own.
+    Make it before `torch.compile`. `model_id` is compared with the id in vectors; by default it is
+    the name the model was loaded under.
+    """
+
+    def __init__(
+        self, hf: nn.Module, tokenizer: Any = None, *, model_id: str | None = None
+    ) -> None:
+        if hasattr(hf, "_orig_mod"):
+            raise ModelError(
+                "got a compiled model; make the HookedModel from the plain one first, then compile"
+            )
+        self.hf: Any = hf
+        self.tokenizer = tokenizer
+        self._decoder = find_decoder(hf)
+        self._taps = taps_of(self._decoder)
+        name = getattr(getattr(hf, "config", None), "name_or_path", "") or ""
+        self.model_id = str(name) if model_id is None else model_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        **settings: Any,
+    ) -> "HookedModel":
+        """Load model and tokenizer with transformers; `settings` go to the model's loader."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        hf = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, **settings
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.get("revision", "main"))
+        return cls(hf.eval(), tokenizer, model_id=str(name))
+
+    def __repr__(self) -> str:
+        name = self.model_id or type(self.hf).__name__
+        return f"HookedModel({name}, {self.n_layers} layers, d_model {self.d_model})"
+
+    @property
+    def n_layers(self) -> int:
+        return self._decoder.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self._decoder.d_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device, also when later blocks live elsewhere."""
+        device: torch.device = self.hf.get_input_embeddings().weight.device
+        if device.type != "meta":
+            return device
+        # Offloaded weights sit on "meta" until accelerate brings them to the device of the hook.
+        hook = getattr(self.hf.get_input_embeddings(), "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The embedding's dtype. The math follows each residual's own dtype, not this one."""
+        dtype: torch.dtype = self.hf.get_input_embeddings().weight.dtype
+        return dtype
+
+    def arm(self, plan: Plan, *, check_model: bool = True) -> AbstractContextManager[Seen]:
+        """Run a plan in every forward inside the `with` block, in this thread only.
+
+        Plans nest: an inner one acts after the outer one. Raises one typed error before anything
+        is armed if the plan does not fit, and `HookError` on leaving if no forward ran.
+        """
+        if not isinstance(plan, Plan):
+            raise PlanError(f"got {type(plan).__name__}; wanted a Plan, as in pv.Plan(pv.Add(...))")
+        plan.check(self._decoder, self.model_id, check_model=check_model)
+        return self._armed(plan)
+
+    @contextmanager
+    def _armed(self, plan: Plan) -> Iterator[Seen]:
+        seen = Seen(plan.monitor)
+        with self._taps.armed(
+            compile_programs(plan.interventions),
+            readers=[seen] if plan.monitor else [],
+            row_counts=plan.row_counts,
+        ):
+            yield seen
+
+    def steer(
+        self, *interventions: Intervention, check_model: bool = True
+    ) -> AbstractContextManager[Seen]:
+        """Short for `arm(Plan(*interventions))`."""
+        return self.arm(Plan(*interventions), check_model=check_model)
+
+    def monitor(
+        self, bank: VectorBank, *, check_model: bool = True
+    ) -> AbstractContextManager[Seen]:
+        """Short for `arm(Plan(monitor=bank))`."""
+        return self.arm(Plan(monitor=bank), check_model=check_model)
+
+    def read(
+        self,
+        chats: Chats,
+        *,
+        sites: Sequence[Site],
+        span: Span = "response",
+        reduce: Reduction = "mean",
+        batch_size: int = 16,
+        before: bool = False,
+        progress: bool = False,
+    ) -> Activations:
+        """Residuals at `sites` over the `span` of each chat.
+
+        Chats are batched by length and each forward ends at the deepest site, before logits.
+        `reduce`: `mean` (summed in float64) and `last` give `[site, chat, d_model]`, `none`
+        `[site, chat, pos, d_model]`, `moments` a running mean and variance over all span tokens.
+        Values show what flows on after armed interventions; `before=True` what they were given.
+        """
+        reading = self._reading(chats, sites, span, reduce, batch_size, before)
+        return collect(reading, progress=progress)
+
+    def read_batches(
+        self,
+        chats: Chats,
+        *,
+        sites: Sequence[Site],
+        span: Span = "response",
+        reduce: Reduction = "mean",
+        batch_size: int = 16,
+        before: bool = False,
+    ) -> Iterator[tuple[list[int], Activations]]:
+        """Like `read`, one length bucket at a time: chat indices and their activations."""
+        return self._reading(chats, sites, span, reduce, batch_size, before).run()
+
+    def _reading(
+        self,
+        chats: Chats,
+        sites: Sequence[Site],
+        span: Span,
+        reduce: Reduction,
+        batch_size: int,
+        before: bool,
+    ) -> Reading:
+        return Reading(
+            hf=self.hf,
+            taps=self._taps,
+            encoded=chat_ids.encode_all(self.tokenizer, chats, max_length=self._max_length),
+            sites=as_sites(sites),
+            span=check_span(span),
+            reduce=reduce,
+            batch_size=batch_size,
+            before=before,
+            pad_id=chat_ids.pad_id(self.tokenizer),
+            device=self.device,
+        )
+
+    @property
+    def _max_length(self) -> int | None:
+        config = self.hf.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "max_position_embeddings", None)
+
+    def generate(self, chats: Chats, **settings: Any) -> list[str]:
+        """The replies to the chats, one text per returned sequence.
+
+        `settings` are those of transformers' `generate`.
+        """
+        if self.tokenizer is None:
+            raise ChatError("got no tokenizer to write text with; use generate_ids for token ids")
+        sequences = self._request(chats, settings).run().sequences
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+
+    def generate_ids(self, chats: Chats, **settings: Any) -> list[Int[Tensor, " pos"]]:
+        """The new token ids of each returned sequence, up to and including its end token."""
+        return list(self._request(chats, settings).run().sequences)
+
+    def _request(self, chats: Chats, settings: dict[str, Any]) -> Request:
+        encoded = chat_ids.encode_all(
+            self.tokenizer, chats, max_length=self._max_length, for_generation=True
+        )
+        pad_id = chat_ids.pad_id(self.tokenizer)
+        return Request(
+            hf=self.hf,
+            taps=self._taps,
+            tokenizer=self.tokenizer,
+            batch=chat_ids.pad(encoded, side="left", pad_id=pad_id),
+            pad_id=pad_id,
+            device=self.device,
+            settings=settings,
+        )
+
+    def stream(
+        self,
+        chats: Chats,
+        bank: VectorBank | None = None,
+        *,
+        alarms: Mapping[str, float] | None = None,
+        check_model: bool = True,
+        **settings: Any,
+    ) -> Iterator[Step]:
+        """Generate token by token, with projections and alarms.
+
+        The next token is made only when the next step is asked for. `alarms` maps a trait of the
+        bank to a threshold; each crossing from below rings once. Leaving the loop stops the
+        generation.
+        """
+        if self.tokenizer is None:
+            raise ChatError("got no tokenizer to write text with; stream needs one")
+        request = self._request(chats, settings)
+        if request.copies > 1:
+            raise PlanError("got beams or several sequences per chat; stream follows one per chat")
+        plan = None if bank is None else Plan(monitor=bank)
+        if plan is not None:
+            plan.check(self._decoder, self.model_id, check_model=check_model)
+        bell = AlarmBell(
+            alarms or {}, list(bank.traits) if bank else [], bank.sites if bank else []
+        )
+        return self._steps(request, plan, bell)
+
+    def _steps(self, request: Request, plan: Plan | None, bell: AlarmBell) -> Iterator[Step]:
+        relay = Relay()
+        pieces = [Pieces(self.tokenizer) for _ in request.batch.ids]
+        count = 0
+
+        def produce() -> Generated:
+            if plan is None:
+                return request.run(lambda ids, lengths: relay.offer((ids, lengths, None)))
+            with self._armed(plan) as seen:
+                return request.run(lambda ids, lengths: relay.offer((ids, lengths, seen.newest())))
+
+        for ids, lengths, scores in relay.items(produce):
+            count += 1
+            active = (lengths == count).tolist()
+            projections = {}
+            if plan is not None and plan.monitor is not None:
+                over = ~torch.tensor(active)
+                projections = {
+                    trait: scores[..., k].masked_fill(over, torch.nan)
+                    for k, trait in enumerate(plan.monitor.traits)
+                }
+            newest = ids[:, -1].cpu()
+            yield Step(
+                text=[
+                    piece.push(token) if on else ""
+                    for piece, token, on in zip(pieces, newest.tolist(), active)
+                ],
+                token_ids=newest,
+                projections=projections,
+                alarms=bell.ring(count - 1, projections),
+            )

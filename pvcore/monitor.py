@@ -1,0 +1,210 @@
+"""Monitoring: projections on every vector of a bank while a model reads and generates.
+
+In a prompt each site is scored as it is reached, because keeping every layer's rows would hold
+gigabytes. In decode the newest rows are collected and all layers are scored once a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pvcore_kernels as kernels
+import torch
+from jaxtyping import Float
+from pvcore_kernels.reference import accumulator
+from torch import Tensor
+
+from pvcore.errors import HookError, VectorError
+from pvcore.frames import Call, Frame, Outcome
+from pvcore.sites import Site
+from pvcore.vectors import VectorBank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraitScores:
+    """Projections `<h, v/|v|>` of one trait, in units of the residual.
+
+    Layers follow the bank's sites, chats are the returned sequences. Step `t` is the position that
+    produced token `t`: step 0 is the last prompt token. Steps after a sequence's end are NaN.
+    `prompt` counts each chat's own tokens from 0, NaN after its last.
+    """
+
+    last_prompt_token: Float[Tensor, "layer chat"]
+    steps: Float[Tensor, "step layer chat"]
+    prompt: Float[Tensor, "position layer chat"]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Record:
+    """What one call showed, as it comes in. Scores are `[batch, column, n_vec]` per site."""
+
+    call: Call
+    given: dict[Site, list[Tensor]] = field(default_factory=dict)
+    rows: list[Tensor] = field(default_factory=list)
+    steps: list[Float[Tensor, "site batch n_vec"]] = field(default_factory=list)
+    outcome: Outcome | None = None
+
+    def given_scores(self, sites: Sequence[Site]) -> Float[Tensor, "column site batch n_vec"]:
+        per_site = [torch.cat(self.given[site], dim=1).cpu() for site in sites]
+        return torch.stack(per_site).permute(2, 0, 1, 3)
+
+    def last(self) -> Tensor:
+        """Column of each row's last prompt token."""
+        if self.call.last is not None:
+            return self.call.last
+        columns = torch.arange(self.call.mask.shape[1]).expand_as(self.call.mask)
+        return columns.masked_fill(~self.call.mask, -1).amax(1)
+
+    def newest(self, sites: Sequence[Site]) -> Float[Tensor, "site batch n_vec"]:
+        """Scores of the step just made."""
+        if self.steps:
+            return self.steps[-1].cpu()
+        last = self.last()
+        return self.given_scores(sites)[last, :, torch.arange(len(last))].transpose(0, 1)
+
+
+class Seen:
+    """What a monitor saw: `seen["evil"].last_prompt_token`, `.steps` and `.prompt`.
+
+    Calls made inside one block follow each other along the chat axis.
+    """
+
+    before = False
+
+    def __init__(self, bank: VectorBank | None) -> None:
+        self._bank = bank
+        self._records: dict[Call, _Record] = {}
+        self._units: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._bank.sites if self._bank else ()
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return tuple(self._bank.traits) if self._bank else ()
+
+    def __getitem__(self, trait: str) -> TraitScores:
+        if self._bank is None:
+            raise VectorError(f"got {trait!r}, but this plan watches nothing: give it monitor=bank")
+        if trait not in self.traits:
+            raise VectorError(f"got trait {trait!r}; this monitor watches {', '.join(self.traits)}")
+        if not self._records:
+            raise HookError("got no forward to report yet; run the model inside the block first")
+        records = list(self._records.values())
+        parts = [self._table(record, self.traits.index(trait)) for record in records]
+        order = _chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
+        steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
+        return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
+
+    def begin(self, frame: Frame) -> None:
+        if not frame.declared and (frame.call.generating or frame.start > 0):
+            raise HookError(
+                "got a generation that pvcore does not run, whose beams and ends cannot be known; "
+                "monitor it with model.generate(...) or model.stream(...)"
+            )
+        if frame.call not in self._records:
+            self._records[frame.call] = _Record(call=frame.call)
+
+    def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
+        record = self._records[frame.call]
+        if self._stepping(frame):
+            record.rows.append(h.detach()[:, -1])
+        else:
+            scores = kernels.project(h.detach(), self._placed(h)[self.sites.index(site)])
+            if site not in record.given:
+                # Columns that a cache handed over were never seen here.
+                unseen = scores.new_full((len(scores), frame.start, scores.shape[-1]), torch.nan)
+                record.given[site] = [unseen]
+            record.given[site].append(scores)
+
+    def end(self, frame: Frame) -> None:
+        if not self._stepping(frame):
+            return
+        record = self._records[frame.call]
+        rows, record.rows = record.rows, []
+        if len({row.device for row in rows}) == 1:
+            record.steps.append(kernels.project_layers(torch.stack(rows), self._placed(rows[0])))
+        else:
+            scores = [kernels.project(r, self._placed(r)[i]).cpu() for i, r in enumerate(rows)]
+            record.steps.append(torch.stack(scores))
+
+    def close(self, call: Call, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._records[call].outcome = outcome
+        elif call.generating:
+            # A generation that failed has no sequences whose rows could be reported.
+            self._records.pop(call, None)
+
+    def newest(self) -> Float[Tensor, "site batch n_vec"]:
+        """Scores of the step just made by the call that runs now."""
+        return next(reversed(self._records.values())).newest(self.sites)
+
+    def _stepping(self, frame: Frame) -> bool:
+        """Whether the frame's news is one reply token; an uncached step repeats the prompt too."""
+        return frame.start + frame.width > frame.call.mask.shape[1]
+
+    def _placed(self, like: Tensor) -> Float[Tensor, "site n_vec d_model"]:
+        key = (like.device, accumulator(like.dtype))
+        if key not in self._units:
+            assert self._bank is not None
+            directions = self._bank.directions.double()
+            units = directions / directions.norm(dim=-1, keepdim=True)
+            self._units[key] = units.to(*key)
+        return self._units[key]
+
+    def _table(self, record: _Record, trait: int) -> tuple[Tensor, Tensor]:
+        """Steps and prompt of one trait, `[step, site, sequence]` and `[position, site, ...]`."""
+        given = record.given_scores(self.sites)[..., trait]
+        mask, last = record.call.mask, record.last()
+        prompts, replies = [], []
+        for row in range(len(last)):
+            own = mask[row].nonzero()[:, 0]
+            prompts.append(given[own[own <= last[row]], :, row])
+            replies.append(given[own[own >= last[row]], :, row])
+        prompt, steps = _ragged(prompts), _ragged(replies)
+        if record.outcome is not None:
+            later = [step[..., trait].cpu() for step in record.steps]
+            return self._sequences(record.outcome, torch.stack([steps[0], *later]), prompt)
+        return steps, prompt
+
+    def _sequences(self, outcome: Outcome, steps: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the batch followed into the returned sequences."""
+        count = outcome.rows.shape[1]
+        followed = steps[torch.arange(count)[:, None], :, outcome.rows.T].movedim(1, 2)
+        over = torch.arange(count)[:, None] >= outcome.lengths
+        return followed.masked_fill(over[:, None], torch.nan), prompt[..., outcome.rows[:, 0]]
+
+
+def _chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:
+    """Calls in the order they came; parts of one request in the order of its chats."""
+    first: dict[object, int] = {}
+    keys: list[tuple[int, int]] = []
+    for number, (call, n_rows) in enumerate(zip(calls, counts)):
+        group = first.setdefault(call.group, number)
+        keys += (
+            [(group, int(chat)) for chat in call.rows]
+            if not call.generating
+            else ([(group, sequence) for sequence in range(n_rows)])
+        )
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def _ragged(parts: Sequence[Float[Tensor, "_ site"]]) -> Float[Tensor, "longest site row"]:
+    longest = max(len(part) for part in parts)
+    padded = [
+        torch.nn.functional.pad(part, (0, 0, 0, longest - len(part)), value=torch.nan)
+        for part in parts
+    ]
+    return torch.stack(padded, dim=-1)
+
+
+def _beside(parts: Sequence[Float[Tensor, "_ site _"]]) -> Float[Tensor, "longest site chat"]:
+    """Tables of different lengths next to each other, NaN where one ends early."""
+    longest = max(len(part) for part in parts)
+    return torch.cat(
+        [
+            torch.nn.functional.pad(part, (0, 0, 0, 0, 0, longest - len(part)), value=torch.nan)
+            for part in parts
+        ],
+        dim=-1,
+    )

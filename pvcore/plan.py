@@ -1,0 +1,200 @@
+"""Plans: interventions and a monitor, checked once against a model, and the JSON they live in."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pvcore.blocks import Decoder
+from pvcore.errors import PlanError, PvcoreError
+from pvcore.interventions import Ablate, Add, Amount, Cap, Intervention, sites_of
+from pvcore.sites import Site
+from pvcore.vectors import PersonaVector, VectorBank
+
+FORMAT = 1
+_KINDS: dict[str, type[Add] | type[Ablate] | type[Cap]] = {"add": Add, "ablate": Ablate, "cap": Cap}
+_AMOUNTS = ("coeff", "min", "max")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Plan:
+    """What to do to, and what to watch of, the residual stream: the same in every executor.
+
+    Interventions act in the order given. `monitor` is a bank whose projections are reported after
+    all of them.
+    """
+
+    interventions: tuple[Intervention, ...]
+    monitor: VectorBank | None
+
+    def __init__(self, *interventions: Intervention, monitor: VectorBank | None = None) -> None:
+        for one in interventions:
+            if not isinstance(one, Add | Ablate | Cap):
+                raise PlanError(f"got {type(one).__name__}; wanted Add, Ablate or Cap")
+        if monitor is not None and not isinstance(monitor, VectorBank):
+            raise PlanError(f"got {type(monitor).__name__} as monitor; wanted a VectorBank")
+        if not interventions and monitor is None:
+            raise PlanError("got an empty plan; give it an intervention or monitor=bank")
+        object.__setattr__(self, "interventions", tuple(interventions))
+        object.__setattr__(self, "monitor", monitor)
+        if len(self.row_counts) > 1:
+            raise PlanError(
+                f"got per-row numbers for {sorted(self.row_counts)} rows in one plan; all of them "
+                "must be given for the same batch"
+            )
+
+    @property
+    def row_counts(self) -> frozenset[int]:
+        """The batch sizes its per-row numbers ask for: none, or one."""
+        return frozenset().union(*(one.row_counts for one in self.interventions))
+
+    @property
+    def vectors(self) -> tuple[PersonaVector, ...]:
+        """Every vector of the plan once, in order of appearance."""
+        every = [vector for one in self.interventions for vector in one.vectors]
+        every += list(self.monitor.vectors) if self.monitor else []
+        return tuple({vector.content_hash: vector for vector in every}.values())
+
+    def check(self, decoder: Decoder, model_id: str, *, check_model: bool = True) -> None:
+        """Raise one typed error if the plan does not fit the model."""
+        watched = self.monitor.sites if self.monitor else ()
+        for site in (*sites_of(self.interventions), *watched):
+            decoder.require(site)
+        for vector in self.vectors:
+            if vector.d_model != decoder.d_model:
+                raise PlanError(
+                    f"got vector {vector.trait!r} of width {vector.d_model}; this model's residual "
+                    f"stream has width {decoder.d_model}: extract it again with this model"
+                )
+            if check_model and not _same_model(vector.model_id, model_id):
+                raise PlanError(
+                    f"got vector {vector.trait!r} made for {vector.model_id}; this model is "
+                    f"{model_id}: extract it again with this model, or pass check_model=False"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON. Vectors are named by file and content hash.
+
+        A vector that was not loaded from a file is written beside the plan, into `NAME.vectors/`.
+        """
+        path = Path(path)
+        files = {v.content_hash: (_name(v), _vector_file(v, path)) for v in self.vectors}
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "vectors": {
+                name: {"file": os.path.relpath(file, path.parent or "."), "sha256": content_hash}
+                for content_hash, (name, file) in files.items()
+            },
+            "interventions": [_written(one) for one in self.interventions],
+        }
+        if self.monitor is not None:
+            document["monitor"] = {
+                "vectors": [_name(vector) for vector in self.monitor.vectors],
+                "sites": [str(site) for site in self.monitor.sites],
+            }
+        _write_atomically(path, json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan; `PlanError` if it, or a vector file it names, is not what was saved."""
+        path = Path(path)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"got {path}, which cannot be read as a plan: {error}") from error
+        try:
+            if document["format"] != FORMAT:
+                raise PlanError(
+                    f"got plan format {document['format']!r} in {path}; wanted {FORMAT}"
+                )
+            vectors = {
+                name: _load_vector(path, entry) for name, entry in document["vectors"].items()
+            }
+            interventions = [_read(entry, vectors) for entry in document["interventions"]]
+            monitor = document.get("monitor")
+            bank = None if monitor is None else VectorBank(**_aim(monitor, vectors))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PlanError(f"got {path} with a missing or malformed entry: {error!r}") from error
+        return cls(*interventions, monitor=bank)
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two ids may name one model; an unknown id (empty) excludes nothing."""
+    last = [name.rstrip("/").rpartition("/")[2].casefold() for name in (one, other)]
+    return not one or not other or last[0] == last[1]
+
+
+def _name(vector: PersonaVector) -> str:
+    """A file-safe name that tells apart vectors of one trait."""
+    return f"{re.sub(r'[^a-z0-9_]+', '-', vector.trait.casefold())}-{vector.content_hash[:8]}"
+
+
+def _vector_file(vector: PersonaVector, path: Path) -> Path:
+    if vector.source is not None and vector.source.exists():
+        return vector.source
+    folder = path.with_suffix(".vectors")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{_name(vector)}.safetensors"
+    vector.save(file)
+    return file
+
+
+def _written(one: Intervention) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "kind": type(one).__name__.lower(),
+        "vectors": [_name(vector) for vector in one.vectors],
+        "sites": [str(site) for site in one.sites],
+        "span": one.span,
+    }
+    for name in _AMOUNTS:
+        amount: Amount | None = getattr(one, name, None)
+        if amount is not None:
+            by_layer = {str(layer): rows for layer, rows in amount.by_layer}
+            entry[name] = amount.everywhere if amount.everywhere is not None else by_layer
+    return entry
+
+
+def _aim(entry: Mapping[str, Any], vectors: Mapping[str, PersonaVector]) -> dict[str, Any]:
+    sites = [Site.parse(text) for text in entry["sites"]]
+    return {"vectors": [vectors[name] for name in entry["vectors"]], "layers": sites}
+
+
+def _read(entry: Mapping[str, Any], vectors: Mapping[str, PersonaVector]) -> Intervention:
+    settings = _aim(entry, vectors)
+    for name in _AMOUNTS:
+        if name in entry:
+            value = entry[name]
+            by_layer = isinstance(value, dict)
+            settings[name] = {int(k): v for k, v in value.items()} if by_layer else value
+    return _KINDS[entry["kind"]](settings.pop("vectors"), span=entry["span"], **settings)
+
+
+def _load_vector(path: Path, entry: Mapping[str, str]) -> PersonaVector:
+    file = path.parent / entry["file"]
+    try:
+        vector = PersonaVector.load(file)
+    except PvcoreError as error:
+        raise PlanError(f"got plan {path} with an unusable vector: {error}") from error
+    if vector.content_hash != entry["sha256"]:
+        raise PlanError(
+            f"got {file} with content {vector.content_hash[:12]}; plan {path} was saved with "
+            f"{entry['sha256'][:12]}: restore that file, or save the plan again"
+        )
+    return vector
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise PlanError(f"got {path}, which cannot be written: {error}") from error

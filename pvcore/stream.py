@@ -1,0 +1,155 @@
+"""Streaming: text and projections token by token, in step with the consumer.
+
+transformers' `generate` runs in a thread of its own that waits for the consumer after each token,
+so what the consumer does between two steps takes effect on the next token.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pvcore.errors import PlanError
+from pvcore.sites import Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """A projection that rose above its threshold at this step."""
+
+    trait: str
+    site: Site
+    chat: int
+    step: int
+    value: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One token of every chat. A chat that has ended gives "" and NaN projections."""
+
+    text: list[str]
+    token_ids: Int[Tensor, " chat"]
+    projections: Mapping[str, Float[Tensor, "layer chat"]]
+    alarms: tuple[Alarm, ...] = ()
+
+
+class Pieces:
+    """Text of a growing token sequence, held back while a character is incomplete."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._told = 0
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """The text that this token completes.
+
+        Decoding restarts one token before what was told, because tokenizers write the first
+        token of a text without its leading space.
+        """
+        self._ids.append(token)
+        told = self._decode(self._ids[self._start : self._told])
+        known = self._decode(self._ids[self._start :])
+        if known.endswith("\ufffd") and not last:
+            return ""
+        self._start, self._told = max(self._told - 1, self._start), len(self._ids)
+        return known[len(told) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _Cancelled(Exception):
+    """The consumer has gone."""
+
+
+class Relay:
+    """Runs a producer in a thread, one item ahead of nobody."""
+
+    def __init__(self) -> None:
+        self._ready, self._wanted = threading.Semaphore(0), threading.Semaphore(0)
+        self._item: Any = None
+        self._error: BaseException | None = None
+        self._over = self._cancelled = False
+
+    def offer(self, item: Any) -> None:
+        """From the producer: hand over an item and wait until the next one is wanted."""
+        self._item = item
+        self._ready.release()
+        self._wanted.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def items(self, produce: Callable[[], object]) -> Iterator[Any]:
+        """From the consumer: items as `produce` offers them; its error is raised here."""
+        thread = threading.Thread(
+            target=copy_context().run, args=(self._run, produce), daemon=True, name="pvcore-stream"
+        )
+        thread.start()
+        try:
+            self._ready.acquire()
+            while not self._over:
+                yield self._item
+                self._wanted.release()
+                self._ready.acquire()
+        finally:
+            self._cancelled = True
+            self._wanted.release()
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, produce: Callable[[], object]) -> None:
+        try:
+            produce()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._over = True
+            self._ready.release()
+
+
+class AlarmBell:
+    """Rings once when a projection crosses its trait's threshold from below."""
+
+    def __init__(
+        self, thresholds: Mapping[str, float], traits: Sequence[str], sites: Sequence[Site]
+    ) -> None:
+        unknown = sorted(set(thresholds) - set(traits))
+        if unknown:
+            raise PlanError(
+                f"got an alarm for {', '.join(unknown)}; the bank watches {', '.join(traits)}"
+            )
+        self._thresholds, self._sites = dict(thresholds), tuple(sites)
+        self._above: dict[str, Tensor] = {}
+
+    def ring(
+        self, step: int, projections: Mapping[str, Float[Tensor, "layer chat"]]
+    ) -> tuple[Alarm, ...]:
+        """The alarms of one step, in the order of thresholds, layers and chats."""
+        alarms = []
+        for trait, threshold in self._thresholds.items():
+            above = projections[trait] > threshold
+            before = self._above.get(trait, torch.zeros_like(above))
+            self._above[trait] = above
+            for layer, chat in (above & ~before).nonzero().tolist():
+                alarms.append(
+                    Alarm(
+                        trait=trait,
+                        site=self._sites[layer],
+                        chat=chat,
+                        step=step,
+                        value=float(projections[trait][layer, chat]),
+                        threshold=threshold,
+                    )
+                )
+        return tuple(alarms)
