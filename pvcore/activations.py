@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import pvcore_kernels as kernels
 import torch
 from jaxtyping import Float, Int
-from pvcore_kernels.reference import accumulator
 from rich.progress import Progress
 from torch import Tensor, nn
 
+import pvcore_kernels as kernels
 from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
@@ -19,6 +18,7 @@ from pvcore.moments import Moments
 from pvcore.sites import Site
 from pvcore.spans import Span
 from pvcore.taps import ForwardStopped, Taps
+from pvcore_kernels.reference import accumulator
 
 Reduction = Literal["mean", "last", "none", "moments"]
 
@@ -75,16 +75,18 @@ class _Pool:
     def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
         h = h.detach()
         self.dtype = accumulator(h.dtype)
-        starts, ends = zip(*self._ranges)
+        starts, ends = zip(*self._ranges, strict=True)
         if self._reduce == "mean":
             self.taken[site] = kernels.segment_mean(h, starts, ends)
         elif self._reduce == "last":
             self.taken[site] = h[torch.arange(len(ends)), torch.tensor(ends) - 1]
         elif self._reduce == "none":
             # Cloned, because a view would keep the whole batch alive.
-            self.taken[site] = [row[s:e].clone() for row, (s, e) in zip(h, self._ranges)]
+            self.taken[site] = [
+                row[s:e].clone() for row, (s, e) in zip(h, self._ranges, strict=True)
+            ]
         else:
-            rows = torch.cat([row[s:e] for row, (s, e) in zip(h, self._ranges)])
+            rows = torch.cat([row[s:e] for row, (s, e) in zip(h, self._ranges, strict=True)])
             self.taken[site] = Moments.zeros(rows.shape[1:]).add(rows)
 
     def end(self, frame: Frame) -> None:
@@ -159,7 +161,7 @@ class Reading:
             _require_finite(list(moments.mean[:, None]), self.sites, chosen)
             values = None
         elif self.reduce == "none":
-            for rows, site in zip(taken, self.sites):
+            for rows, site in zip(taken, self.sites, strict=True):
                 _require_finite(rows, [site] * len(rows), chosen)
             longest = int(lengths.max())
             values = torch.stack(
@@ -217,7 +219,7 @@ def _padded(rows: Tensor, longest: int) -> Tensor:
 
 def _require_finite(values: Sequence[Tensor], sites: Sequence[Site], chats: Sequence[int]) -> None:
     """Overflow in half precision spreads silently into every mean: name where it began."""
-    for rows, site in zip(values, sites):
+    for rows, site in zip(values, sites, strict=True):
         if not bool(rows.isfinite().all()):
             raise ModelError(
                 f"got infinite or NaN residuals at {site} while reading chats "

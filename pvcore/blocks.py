@@ -10,16 +10,27 @@ from pvcore.sites import Site
 
 # The norm whose input is the residual between attention and MLP, by family. Names alone do not
 # tell (olmo2 norms the attention's output under the same name), so unknown families are refused.
-_MID_NORMS = {
-    "post_attention_layernorm": (
-        "bloom falcon gemma gpt_neox granite llama mistral mixtral phi3 qwen2 qwen2_moe qwen3 "
-        "qwen3_moe smollm3 starcoder2"
-    ).split(),
-    "pre_feedforward_layernorm": "gemma2 gemma3_text".split(),
-    "ln_2": ["gpt2"],
-    "final_layer_norm": ["opt"],
+MID_NORM = {
+    "bloom": "post_attention_layernorm",
+    "falcon": "post_attention_layernorm",
+    "gemma": "post_attention_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "gpt_neox": "post_attention_layernorm",
+    "granite": "post_attention_layernorm",
+    "llama": "post_attention_layernorm",
+    "mistral": "post_attention_layernorm",
+    "mixtral": "post_attention_layernorm",
+    "phi3": "post_attention_layernorm",
+    "qwen2": "post_attention_layernorm",
+    "qwen2_moe": "post_attention_layernorm",
+    "qwen3": "post_attention_layernorm",
+    "qwen3_moe": "post_attention_layernorm",
+    "smollm3": "post_attention_layernorm",
+    "starcoder2": "post_attention_layernorm",
+    "gpt2": "ln_2",
+    "opt": "final_layer_norm",
 }
-MID_NORM = {family: norm for norm, families in _MID_NORMS.items() for family in families}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +138,12 @@ def _block_list(model: nn.Module, n_layers: int) -> str:
 def _no_mid(config: Any) -> str:
     """Why the blocks of this configuration have no residual between attention and MLP, or ""."""
     family = getattr(config, "model_type", "")
-    parallel = {
-        "gpt_neox": lambda: config.use_parallel_residual,
-        "falcon": lambda: config.parallel_attn or config.new_decoder_architecture,
-    }.get(family, lambda: family in {"phi", "gptj", "cohere", "cohere2", "codegen"})
-    if parallel():
+    parallel = family in {"phi", "gptj", "cohere", "cohere2", "codegen"}
+    if family == "gpt_neox":
+        parallel = config.use_parallel_residual
+    if family == "falcon":
+        parallel = config.parallel_attn or config.new_decoder_architecture
+    if parallel:
         return "run attention and MLP in parallel"
     if family == "opt" and not config.do_layer_norm_before:
         return "norm the residual itself after attention"

@@ -167,7 +167,7 @@ def _foreign_call(
 
 
 def _continued(batch: int, start: int, width: int, phase: Phase | None) -> Call:
-    """A forward on top of a cache filled elsewhere: a single token is a reply's, more is unclear."""
+    """A forward on a cache filled elsewhere: one token is a reply's, more are unclear."""
     given = 0 if width == 1 and phase != "prefill" else start + width
     return Call(
         rows=torch.arange(batch),
@@ -185,10 +185,10 @@ def _real_columns(mask: Any, batch: int, width: int) -> Bool[Tensor, "batch pos"
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
     if mask.ndim == 2:
-        return mask[:, -width:].bool().cpu()
+        return torch.as_tensor(mask[:, -width:]).bool().cpu()
     # A token attends to itself exactly when it is no padding.
     diagonal = mask[:, 0, torch.arange(width), torch.arange(width)].cpu()
-    real = diagonal if diagonal.dtype == torch.bool else diagonal > -1
+    real: Tensor = diagonal if diagonal.dtype == torch.bool else diagonal > -1
     return real.expand(batch, width)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvcore.chats import Batch
 from pvcore.errors import PlanError
@@ -21,8 +21,8 @@ _OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_
 # Decoding that feeds rows pvcore could not tell apart, or positions it takes back again.
 _UNORDERED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha")
 
-# Called after every token with all ids and each row's number of tokens; True stops.
-Watcher = Callable[[Tensor, Tensor], bool]
+# Called after every token with all ids and each row's number of tokens.
+Watcher = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,21 +53,21 @@ class _Ends:
 
 
 class _Watch:
-    """A stopping criterion that hands every step to a watcher and stops when it says so."""
+    """A stopping criterion that hands every step to a watcher and never stops."""
 
     def __init__(self, watcher: Watcher, ends: _Ends) -> None:
         self.watcher, self.ends = watcher, ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        stop = self.watcher(input_ids, self.ends.lengths)
-        return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
+        self.watcher(input_ids, self.ends.lengths)
+        return torch.zeros(len(input_ids), device=input_ids.device, dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One `generate` call over a batch of prompts."""
 
-    hf: nn.Module
+    hf: Any
     taps: Taps
     tokenizer: Any
     batch: Batch
@@ -130,7 +130,9 @@ class Request:
                 beams = beams.cpu()
                 lengths, rows = (beams >= 0).sum(1), beams.clamp(min=0)
             outcomes.append(Outcome(rows=rows, lengths=lengths))
-        return Generated(sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist())))
+        return Generated(
+            sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist(), strict=True))
+        )
 
     def _prepared(
         self, watcher: Watcher | None, n_rows: int

@@ -178,8 +178,8 @@ class Cap(_Aimed):
         self,
         vectors: PersonaVector | Sequence[PersonaVector],
         *,
-        min: Setting | None = None,  # noqa: A002
-        max: Setting | None = None,  # noqa: A002
+        min: Setting | None = None,
+        max: Setting | None = None,
         layers: Iterable[int | Site] | None = None,
         span: Span | None = None,
     ) -> None:

@@ -63,7 +63,7 @@ class HookedModel:
             name, dtype=dtype, device_map=device_map, **settings
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.get("revision", "main"))
-        return cls(hf.eval(), tokenizer, model_id=str(name))
+        return cls(hf, tokenizer, model_id=str(name))
 
     def __repr__(self) -> str:
         name = self.model_id or type(self.hf).__name__
@@ -249,7 +249,6 @@ class HookedModel:
     def _steps(self, request: Request, plan: Plan | None, bell: AlarmBell) -> Iterator[Step]:
         relay = Relay()
         pieces = [Pieces(self.tokenizer) for _ in request.batch.ids]
-        count = 0
 
         def produce() -> Generated:
             if plan is None:
@@ -257,8 +256,7 @@ class HookedModel:
             with self._armed(plan) as seen:
                 return request.run(lambda ids, lengths: relay.offer((ids, lengths, seen.newest())))
 
-        for ids, lengths, scores in relay.items(produce):
-            count += 1
+        for count, (ids, lengths, scores) in enumerate(relay.items(produce), start=1):
             active = (lengths == count).tolist()
             projections = {}
             if plan is not None and plan.monitor is not None:
@@ -271,7 +269,7 @@ class HookedModel:
             yield Step(
                 text=[
                     piece.push(token) if on else ""
-                    for piece, token, on in zip(pieces, newest.tolist(), active)
+                    for piece, token, on in zip(pieces, newest.tolist(), active, strict=True)
                 ],
                 token_ids=newest,
                 projections=projections,

@@ -24,7 +24,7 @@ class Moments:
         zero = torch.zeros(tuple(shape), dtype=torch.float64)
         return cls(count=0, mean=zero, scatter=zero.clone())
 
-    def add(self, rows: Float[Tensor, "n_rows *shape"]) -> "Moments":
+    def add(self, rows: Float[Tensor, "rows ..."]) -> "Moments":
         """The moments with these rows counted in."""
         if not len(rows):
             return self

@@ -7,16 +7,16 @@ gigabytes. In decode the newest rows are collected and all layers are scored onc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import pvcore_kernels as kernels
 import torch
 from jaxtyping import Float
-from pvcore_kernels.reference import accumulator
 from torch import Tensor
 
+import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
+from pvcore_kernels.reference import accumulator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,7 @@ def _chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:
     """Calls in the order they came; parts of one request in the order of its chats."""
     first: dict[object, int] = {}
     keys: list[tuple[int, int]] = []
-    for number, (call, n_rows) in enumerate(zip(calls, counts)):
+    for number, (call, n_rows) in enumerate(zip(calls, counts, strict=True)):
         group = first.setdefault(call.group, number)
         keys += (
             [(group, int(chat)) for chat in call.rows]

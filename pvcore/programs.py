@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import pvcore_kernels as kernels
 import torch
 from jaxtyping import Float
-from pvcore_kernels.reference import accumulator
 from torch import Tensor
 
+import pvcore_kernels as kernels
 from pvcore.errors import PlanError
 from pvcore.frames import Frame
 from pvcore.interventions import Ablate, Add, Amount, Intervention, sites_of
 from pvcore.sites import Site
+from pvcore_kernels.reference import accumulator
 
 # Beyond this, landing each projection where it was sent would take coefficients so large that
 # float32 loses half its digits.
@@ -111,7 +111,7 @@ class SiteProgram:
             return lambda h: kernels.add(h, total, touched)
         program = [
             self._kernel_step(step, None if mask is None else mask.to(acc), here, frame)
-            for step, mask in zip(steps, masks)
+            for step, mask in zip(steps, masks, strict=True)
         ]
         units, gram = here["units"], here["gram"]
         return lambda h: kernels.intervene(h, units, gram, program, touched)
@@ -126,7 +126,7 @@ class SiteProgram:
         """What all adds together add; zero where an add's own span does not reach."""
         deltas = [self._delta(step, here, frame) for step in steps]
         if len({step.what.span for step in steps}) > 1:
-            deltas = [d if m is None else d * m for d, m in zip(deltas, masks)]
+            deltas = [d if m is None else d * m for d, m in zip(deltas, masks, strict=True)]
         return sum(deltas[1:], start=deltas[0])
 
     def _delta(

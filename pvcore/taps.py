@@ -63,7 +63,7 @@ class Session:
         outer: "Session | None" = None,
     ) -> None:
         self.outer, self.stop_at = outer, stop_at
-        self.row_counts = row_counts | (outer.row_counts if outer else frozenset())
+        self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
         self.readers: tuple[Reader, ...] = (*(outer.readers if outer else ()), *readers)
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
         for site, program in programs.items():
@@ -83,9 +83,9 @@ class Session:
             self.outer.count_forward()
 
     def check_rows(self, frame: Frame) -> None:
-        for count in self.row_counts - {frame.call.n_chats}:
+        for n_rows in self.row_counts - {frame.call.n_chats}:
             raise PlanError(
-                f"got {count} per-row coefficients for a batch of {frame.call.n_chats}; give one "
+                f"got {n_rows} per-row coefficients for a batch of {frame.call.n_chats}; give one "
                 "number for all rows, or one for each"
             )
 
@@ -229,7 +229,7 @@ class _Begin(_Hook):
                 _RUNNING.set(None)
             return
         frame = begin_frame(
-            self.owner, dict(zip(self.names, args)) | kwargs, training=module.training
+            self.owner, dict(zip(self.names, args, strict=False)) | kwargs, training=module.training
         )
         session.check_rows(frame)
         for reader in session.readers:

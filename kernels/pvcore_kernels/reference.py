@@ -73,8 +73,11 @@ def segment_mean(
     h: Float[Tensor, "batch pos d_model"], starts: Sequence[int], ends: Sequence[int]
 ) -> Float[Tensor, "batch d_model"]:
     """Mean of `h[b, starts[b]:ends[b]]` for every row `b`, summed in float64."""
-    sums = [h[b, s:e].sum(0, dtype=torch.float64) for b, (s, e) in enumerate(zip(starts, ends))]
-    counts = torch.tensor([e - s for s, e in zip(starts, ends)], dtype=torch.float64)
+    sums = [
+        h[b, s:e].sum(0, dtype=torch.float64)
+        for b, (s, e) in enumerate(zip(starts, ends, strict=True))
+    ]
+    counts = torch.tensor([e - s for s, e in zip(starts, ends, strict=True)], dtype=torch.float64)
     return torch.stack(sums) / counts.to(h.device)[:, None]
 
 
