@@ -20,8 +20,6 @@ Chats = Sequence[Chat] | Chat
 # Stands in for a reply to find what the template writes around it. No template treats it specially.
 SENTINEL = "pvcore-reply-sentinel"
 
-_THOUGHTS = " (a reasoning template that drops or inserts <think> blocks)"
-
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -69,7 +67,7 @@ def as_chats(chats: object) -> list[Chat]:
         chats = [chats]
     if not isinstance(chats, Sequence) or isinstance(chats, bytes | bytearray):
         raise ChatError(
-            f"got {_kind(chats)} for chats; wanted a list of chats, where a chat is a list of "
+            f"got {type(chats).__name__} for chats; wanted a list of chats, each a list of "
             "message dicts, a string or a 1-D tensor of token ids. Wrap a lone message in a list"
         )
     if not chats:
@@ -153,6 +151,11 @@ def span_range(encoded: Encoded, span: Span) -> tuple[int, int]:
     return start, end
 
 
+def require_span(encoded: Encoded, span: Span) -> None:
+    """Refuse, with a `SpanError`, a chat that has no token of `span`."""
+    span_range(encoded, span)
+
+
 def pad(encoded: Sequence[Encoded], *, side: Literal["left", "right"], pad_id: int) -> Batch:
     """The chats as one batch, as long as its longest; padding is masked out."""
     if not encoded:
@@ -170,8 +173,7 @@ def pad(encoded: Sequence[Encoded], *, side: Literal["left", "right"], pad_id: i
 
 def pad_id(tokenizer: Tokenizer | None) -> int:
     """The id to pad with: the tokenizer's own, else its end token, else 0; it is always masked."""
-    names = ("pad_token_id", "eos_token_id")
-    tokens = (getattr(tokenizer, name, None) for name in names)
+    tokens = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
     return next((token for token in tokens if token is not None), 0)
 
 
@@ -200,10 +202,7 @@ def _encode_messages(
             "Drop the last turn to have it answered anew"
         )
     if len(messages) == 1:
-        raise ChatError(
-            "got a reply with an empty prompt; wanted a message before the assistant turn. "
-            "Put the user's message first"
-        )
+        raise ChatError("got a reply with an empty prompt; put the user's message before it")
     return _encode_conversation(tokenizer, messages)
 
 
@@ -211,13 +210,16 @@ def _encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> E
     prompt, prompt_ids = _render(tokenizer, messages[:-1], for_reply=True)
     text, ids = _render(tokenizer, messages, for_reply=False)
     if not text.startswith(prompt):
-        raise SpanError(_rewritten_prompt(prompt, text))
+        kept = _shared_length(prompt, text)
+        if prompt.rfind("<", 0, kept) > prompt.rfind(">", 0, kept):
+            kept = prompt.rfind("<", 0, kept)  # quote a tag as a whole
+        raise SpanError(_rewritten("prompt", prompt[kept:], text[kept:]))
     if ids[: len(prompt_ids)] != prompt_ids:
         raise SpanError(_shared_token("prompt", prompt, text[len(prompt) :]))
     first, last = _reply_characters(tokenizer, messages, prompt, text)
     start = len(prompt_ids)
     if first > len(prompt):
-        start = max(start, _reply_start(tokenizer, text, ids, prompt, first))
+        start = max(start, _reply_start(tokenizer, text, ids, first))
     end = max(start, _reply_end(tokenizer, text, ids, last)) if last > first else start
     return Encoded(ids=ids, prompt_length=len(prompt_ids), reply=(start, end), source="messages")
 
@@ -232,37 +234,32 @@ def _reply_characters(
     head, found, closer = around.removeprefix(prompt).rpartition(SENTINEL)
     if found and around.startswith(prompt):
         # A reply may bring the head itself: a reasoning template leaves a written thought alone.
-        for first in (len(prompt + head), len(prompt)):
-            last = len(text) - len(closer)
-            opened = first == len(prompt) or text.startswith(prompt + head)
-            if opened and text.endswith(closer) and text[first:last].strip() == reply.strip():
+        for opening in (prompt + head, prompt):
+            first, last = len(opening), len(text) - len(closer)
+            framed = first <= last and text.startswith(opening) and text.endswith(closer)
+            if framed and text[first:last].strip() == reply.strip():
                 return first, last
-    raise SpanError(_rewritten_reply(reply, text[len(prompt) :]))
+    raise SpanError(_rewritten("reply", reply, text[len(prompt) :]))
 
 
-def _reply_start(
-    tokenizer: Tokenizer, text: str, ids: tuple[int, ...], prompt: str, first: int
-) -> int:
+def _reply_start(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], first: int) -> int:
     """The first token of a reply that begins after a head, such as an empty thought."""
-    alone = _tokenize(tokenizer, text[:first], add_special_tokens=False)
-    kept = _shared_length(alone, ids)
-    head = text[len(prompt) : first]
     # A space before the reply may be part of its first token, as in "[/INST] yes".
-    if kept < len(alone) and head.strip():
-        raise SpanError(_shared_token("text the template writes before it", head, text[first:]))
-    return kept
+    for opening in (text[:first], text[:first].rstrip()):
+        alone = _tokenize(tokenizer, opening, add_special_tokens=False)
+        if ids[: len(alone)] == alone:
+            return len(alone)
+    raise SpanError(_shared_token("text the template puts before it", text[:first], text[first:]))
 
 
 def _reply_end(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], last: int) -> int:
     alone = _tokenize(tokenizer, text[:last], add_special_tokens=False)
     if ids[: len(alone)] != alone:
-        raise SpanError(
-            _shared_token("text the template writes after it", text[:last], text[last:])
-        )
+        raise SpanError(_shared_token("text the template puts after it", text[:last], text[last:]))
     return len(alone)
 
 
-def _shared_length(left: Sequence[object], right: Sequence[object]) -> int:
+def _shared_length(left: str, right: str) -> int:
     pairs = zip(left, right, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -275,25 +272,13 @@ def _shared_token(with_what: str, before: str, after: str) -> str:
     )
 
 
-def _rewritten_prompt(prompt: str, text: str) -> str:
-    kept = _shared_length(prompt, text)
-    if prompt.rfind("<", 0, kept) > prompt.rfind(">", 0, kept):
-        kept = prompt.rfind("<", 0, kept)  # quote a tag as a whole
-    asked, answered = prompt[kept:], text[kept:]
-    cause = _THOUGHTS if "think" in asked + answered[:40] else ""
+def _rewritten(what: str, wanted: str, got: str) -> str:
+    thoughts = any(tag in wanted + got[:60] for tag in ("<think>", "</think>"))
+    cause = " (a reasoning template that drops or inserts <think> blocks)" if thoughts else ""
     return (
-        f"the chat template rewrote the prompt: before a reply it goes on {asked[:40]!r}, and in "
-        f"the whole chat {answered[:40]!r}{cause}; wanted the same prompt in both. "
-        "Set tokenizer.chat_template to one that keeps every turn as it was"
-    )
-
-
-def _rewritten_reply(reply: str, rendered: str) -> str:
-    cause = _THOUGHTS if "think>" in reply + rendered else ""
-    return (
-        f"the chat template rewrote the reply: got {reply[:60]!r}, rendered as "
-        f"{rendered[:60]!r}{cause}; wanted the reply's text unchanged. Write the reply as the "
-        "template would, or set tokenizer.chat_template to one that leaves it alone"
+        f"the chat template rewrote the {what}: wanted {wanted[:60]!r}, got {got[:60]!r}{cause}. "
+        "Write the chat as the template would, or set tokenizer.chat_template to one that keeps "
+        "every turn as it was"
     )
 
 
@@ -337,8 +322,8 @@ def _check_ids(encoded: Encoded, tokenizer: Tokenizer | None, max_length: int | 
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and ids[:2] == (bos, bos):
         raise ChatError(
-            f"got a doubled BOS: the {encoded.source} begins with token {bos} twice; wanted it "
-            "once. Remove the BOS you wrote: the template or the tokenizer adds its own"
+            f"got a doubled BOS: the chat of {encoded.source} begins with token {bos} twice; "
+            "wanted it once. Remove the one you wrote: the template or tokenizer adds its own"
         )
     if max_length is not None and len(ids) > max_length:
         raise ChatError(
@@ -355,8 +340,8 @@ def _checked(chat: object) -> Chat:
         return chat
     if not isinstance(chat, Sequence) or isinstance(chat, bytes | bytearray):
         raise ChatError(
-            f"got {_kind(chat)} for a chat; wanted a list of message dicts, a string or a 1-D "
-            "tensor of token ids"
+            f"got {type(chat).__name__} for a chat; wanted a list of message dicts, a string or "
+            "a 1-D tensor of token ids"
         )
     if not chat:
         raise ChatError("got a chat without messages; wanted at least one. Drop it")
@@ -364,30 +349,31 @@ def _checked(chat: object) -> Chat:
 
 
 def _checked_tensor(ids: Tensor) -> Tensor:
-    got = f"a tensor of shape {tuple(ids.shape)} and {ids.dtype}"
     integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
     if ids.ndim != 1 or not integer:
-        raise ChatError(f"got {got} for a chat; wanted token ids: one axis of integers")
+        raise ChatError(
+            f"got a tensor of shape {tuple(ids.shape)} and {ids.dtype} for a chat; wanted token "
+            "ids: one axis of integers"
+        )
     if ids.numel() == 0:
         raise ChatError("got an empty prompt: a tensor without token ids. Drop the chat")
     if int(ids.min()) < 0:
-        raise ChatError(
-            f"got token id {int(ids.min())}; wanted ids from 0. Remove what masks the labels"
-        )
+        raise ChatError(f"got token id {int(ids.min())}; wanted ids from 0, not masked labels")
     return ids
 
 
 def _checked_message(index: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise ChatError(
-            f"got {_kind(message)} as message {index}; wanted a dict such as "
+            f"got {type(message).__name__} as message {index}; wanted a dict such as "
             '{"role": "user", "content": "..."}'
         )
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
+            got = type(message[key]).__name__ if key in message else "nothing"
             raise ChatError(
-                f"got {_kind(message[key]) if key in message else 'nothing'} for {key!r} of "
-                f"message {index}; wanted a string. Give each message a role and its text"
+                f"got {got} for {key!r} of message {index}; wanted a string. "
+                "Give each message a role and its text"
             )
         _check_unicode(message[key], f"{key!r} of message {index}")
     return message
@@ -398,14 +384,9 @@ def _check_unicode(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ChatError(
-            f"got text that is not Unicode in the {where}: {error.reason} at character "
-            f"{error.start}; wanted text without lone surrogates. Clean or drop the chat"
+            f"got a lone surrogate at character {error.start} of the {where}; wanted Unicode "
+            "text. Clean or drop the chat"
         ) from error
-
-
-def _kind(value: object) -> str:
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 @contextmanager

@@ -4,10 +4,14 @@ Each template keeps the one behaviour its family is known for: what it trims, in
 leaves out. The vocabularies are trained here, on the few sentences below.
 """
 
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from pvcore.chats import Encoded
 
 CORPUS = (
     "You are a helpful assistant. Answer in one sentence.",
@@ -212,3 +216,40 @@ def plain() -> PreTrainedTokenizerFast:
 def base() -> PreTrainedTokenizerFast:
     """A base model's tokenizer: one special token and no chat template."""
     return _wrap(_byte_level(("<|endoftext|>",)), template=None, eos_token="<|endoftext|>")
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "chatml": cache(chatml),
+    "qwen3": cache(qwen3),
+    "llama3": cache(llama3),
+    "gemma": cache(gemma),
+    "mistral": cache(lambda: mistral(gap="")),
+    "mistral with a space": cache(lambda: mistral(gap=" ")),
+    "deepseek_r1": cache(deepseek_r1),
+    "plain": cache(plain),
+    "base": cache(base),
+}
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
+WHY = {"role": "user", "content": "Why?"}
+STORY = {"role": "user", "content": "Tell me a story."}
+ANSWER = "The capital of France is Paris."
+
+
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    return FAMILIES[family]()
+
+
+def answered(reply: str, *before: dict[str, str]) -> list[dict[str, str]]:
+    return [*(before or (STORY,)), {"role": "assistant", "content": reply}]
+
+
+def parts(family: str, encoded: Encoded) -> tuple[str, str, str, str]:
+    """The text of the prompt, of what stands before the reply, of the reply and of the rest."""
+    assert encoded.reply is not None
+    start, end = encoded.reply
+    cuts = [0, encoded.prompt_length, start, end, len(encoded.ids)]
+    decode = tokenizer_of(family).decode
+    prompt, head, reply, closer = (
+        decode(encoded.ids[left:right]) for left, right in pairwise(cuts)
+    )
+    return prompt, head, reply, closer
