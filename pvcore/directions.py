@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,7 @@ LARGEST_NORM = torch.finfo(torch.float32).max
 
 
 def own_directions(
-    trait: str, sites: tuple[Site, ...], values: Tensor
+    trait: str, sites: tuple[Site, ...], values: object
 ) -> Float[Tensor, "n_sites d_model"]:
     """A float32 copy with one usable row per site, or a `VectorError` that names the site."""
     rows = _own(f"directions of {trait!r}", values)
@@ -78,7 +79,7 @@ def unit_rows(rows: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"
 def require_factor(trait: str, factor: float | int) -> float:
     """The factor as a float, or a `VectorError` where scaling by it leaves no direction."""
     try:
-        number = float(factor)
+        number = float(factor) if isinstance(factor, Real) else math.nan
     except OverflowError:
         number = math.inf
     if number == 0 or not math.isfinite(number):
@@ -104,12 +105,12 @@ def _own(what: str, values: object) -> Tensor:
         )
 
 
-def _require_finite(what: str, owned: Tensor, given: Tensor, sites: tuple[Site, ...]) -> None:
+def _require_finite(what: str, owned: Tensor, given: object, sites: tuple[Site, ...]) -> None:
     finite = torch.isfinite(owned).reshape(len(sites), -1).all(dim=1)
     places = _named(sites, ~finite)
     if not places:
         return
-    if given.dtype == torch.float64 and bool(torch.isfinite(given).all()):
+    if isinstance(given, Tensor) and given.dtype == torch.float64 and given.isfinite().all():
         raise VectorError(
             f"got {what} beyond the range of float32 at {places}; wanted smaller numbers: "
             "scale the vector down"

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from pvcore.errors import VectorError
 
+# Calibration nests two or three levels; the bound turns a circular value into an error.
+MAX_DEPTH = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
@@ -17,7 +20,7 @@ class Provenance:
     Raises `VectorError` for values of another type.
     """
 
-    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
+    thresholds: Mapping[str, float | int] = field(default_factory=dict, hash=False)
     judge: str = ""
     kept: int | None = None
     dropped: int | None = None
@@ -79,14 +82,16 @@ def negated(trait: str) -> str:
     return f"-{grouped(trait)}"
 
 
-def plain_json(value: object, name: str) -> object:
+def plain_json(value: object, name: str, *, depth: int = 0) -> object:
     """A copy of `value` in JSON's own types; raises `VectorError` for what JSON cannot hold."""
+    require(depth <= MAX_DEPTH, name, value, f"at most {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
         for key in value:
-            require(isinstance(key, str), f"{name} key", key, "text")
-        return {key: plain_json(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+            require(isinstance(key, str), f"key in {name}", key, "text")
+        return {key: plain_json(value[key], f"{name}[{key!r}]", depth=depth + 1) for key in value}
     if isinstance(value, list | tuple):
-        return [plain_json(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+        rows = enumerate(value)
+        return [plain_json(entry, f"{name}[{row}]", depth=depth + 1) for row, entry in rows]
     fits = value is None or isinstance(value, str | bool) or _is_finite(value)
     require(fits, name, value, "text, a finite number, True, False, None, a list or a mapping")
     return value

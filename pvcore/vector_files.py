@@ -7,12 +7,13 @@ write. What the fields mean, and which values they may take, is for `pvcore.vect
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -28,17 +29,50 @@ FORMAT = 1
 METADATA_KEY = "pvcore"
 DIRECTIONS = "directions"
 STATISTICS_PREFIX = "statistics."
-FIELDS = (
-    *("format", "trait", "model_id", "revision", "d_model", "sites", "variant", "provenance"),
-    *("calibration", "pvcore_version", "content_hash", "checksum"),
-)
+# What each field of the metadata, and of its provenance, must be in JSON.
+FIELDS = {
+    "format": "a whole number",
+    "trait": "text",
+    "model_id": "text",
+    "revision": "text or null",
+    "d_model": "a whole number",
+    "sites": "a list of texts",
+    "variant": "text",
+    "provenance": "an object",
+    "calibration": "an object",
+    "pvcore_version": "text",
+    "content_hash": "text",
+    "checksum": "text",
+}
+PROVENANCE_FIELDS = {
+    "thresholds": "an object of numbers",
+    "judge": "text",
+    "kept": "a whole number or null",
+    "dropped": "a whole number or null",
+    "prompt_hash": "text",
+    "seeds": "a list of whole numbers",
+    "note": "text",
+}
+# Parsed JSON has exact types only, so `type` also keeps true and false out of the numbers.
+JSON_KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: type(value) is str,
+    "text or null": lambda value: value is None or type(value) is str,
+    "a whole number": lambda value: type(value) is int,
+    "a whole number or null": lambda value: value is None or type(value) is int,
+    "a list of texts": lambda value: type(value) is list and {*map(type, value)} <= {str},
+    "a list of whole numbers": lambda value: type(value) is list and {*map(type, value)} <= {int},
+    "an object": lambda value: type(value) is dict,
+    "an object of numbers": lambda value: (
+        type(value) is dict and {*map(type, value.values())} <= {int, float}
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorRecord:
     """What a file holds: every field is there, no value has been judged yet."""
 
-    directions: Tensor
+    directions: Float[Tensor, "n_sites d_model"]
     statistics: Mapping[str, Float[Tensor, " n_sites"]]
     fields: Mapping[str, Any]
 
@@ -66,7 +100,7 @@ def decode(data: bytes) -> VectorRecord:
             "pvcore.formats"
         ) from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    fields = _parse_fields(header.get("__metadata__", {}).get(METADATA_KEY))
+    fields = _parse_fields((header.get("__metadata__") or {}).get(METADATA_KEY))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries}
     if fields["checksum"] != _checksum(tensors, fields):
         raise VectorError(
@@ -117,26 +151,11 @@ def write(record: VectorRecord, path: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def check_fields(got: object, wanted: Iterable[str], where: str) -> dict[str, Any]:
-    """`got` as a mapping with exactly the `wanted` keys, or a `VectorError`."""
-    if not isinstance(got, dict):
-        raise VectorError(f"got {where} {got!r:.60}; wanted a JSON object")
-    missing, unknown = sorted(set(wanted) - set(got)), sorted(set(got) - set(wanted))
-    if missing or unknown:
-        raise VectorError(
-            f"got {where} without {missing} and with unknown {unknown}; wanted exactly "
-            f"{', '.join(sorted(wanted))}: the file was written by another program or version"
-        )
-    return got
-
-
-def parse_sites(texts: object) -> tuple[Site, ...]:
+def parse_sites(texts: list[str]) -> tuple[Site, ...]:
     """The `sites` field as sites. Raises `VectorError`."""
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise VectorError(f"got sites {texts!r:.60}; wanted a list such as ['resid_post.20']")
     try:
         return tuple(Site.parse(text) for text in texts)
-    except SiteError as error:
+    except (SiteError, ValueError) as error:  # int() refuses a layer of thousands of digits
         raise VectorError(f"sites: {error}") from None
 
 
@@ -155,23 +174,44 @@ def _parse_fields(text: str | None) -> dict[str, Any]:
             "it: convert other formats with pvcore.formats"
         )
     try:
-        fields = json.loads(text, parse_constant=_refuse_constant)
+        fields: Any = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise VectorError(
             f"got metadata that is no JSON ({error}); wanted the metadata as it was saved: "
             "copy the file or extract the vector again"
         ) from None
-    number = fields.get("format") if isinstance(fields, dict) else None
-    if isinstance(fields, dict) and (type(number) is not int or number != FORMAT):
+    if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
         raise VectorError(
-            f"got vector file format {number!r:.60}; wanted format {FORMAT}: read it with the "
-            "pvcore that wrote it, or update pvcore"
+            f"got vector file format {fields['format']!r:.60}; wanted format {FORMAT}: read it "
+            "with the pvcore that wrote it, or update pvcore"
         )
-    return check_fields(fields, FIELDS, "metadata")
+    checked = _check_fields(fields, FIELDS, "metadata")
+    _check_fields(checked["provenance"], PROVENANCE_FIELDS, "provenance")
+    return checked
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
+def _check_fields(got: Any, wanted: Mapping[str, str], where: str) -> dict[str, Any]:
+    """`got` itself, as an object with exactly the fields wanted, each of its kind."""
+    if not isinstance(got, dict):
+        raise VectorError(f"got {where} {got!r:.60}; wanted a JSON object")
+    missing = [f"no {name}" for name in wanted if name not in got]
+    unknown = [f"an unknown {name!r}" for name in sorted(got.keys() - wanted.keys())]
+    if missing or unknown:
+        raise VectorError(
+            f"got {where} with {', '.join(missing + unknown)}; wanted exactly "
+            f"{', '.join(wanted)}: write the file with PersonaVector.save"
+        )
+    for name, kind in wanted.items():
+        if not JSON_KINDS[kind](got[name]):
+            raise VectorError(f"got {where} field {name} {got[name]!r:.60}; wanted {kind}")
+    return got
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _parse_tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
@@ -189,6 +229,11 @@ def _parse_record(tensors: dict[str, Tensor], fields: dict[str, Any]) -> VectorR
     directions = tensors.pop(DIRECTIONS, None)
     if directions is None:
         raise VectorError(f"got no tensor {DIRECTIONS!r}; wanted one of [n_sites, d_model]")
+    if directions.dim() != 2:
+        raise VectorError(
+            f"got tensor {DIRECTIONS!r} of shape {list(directions.shape)}; "
+            "wanted [n_sites, d_model]"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != directions.shape[:1]:
             raise VectorError(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,10 +18,11 @@ from pvcore.directions import norms, own_directions, own_statistics, require_fac
 from pvcore.errors import SiteError, VectorError
 from pvcore.provenance import Provenance as Provenance
 from pvcore.provenance import grouped, negated, plain_json, require, require_name, require_text
-from pvcore.sites import Site, as_sites
+from pvcore.sites import Site, as_sites, resid_post
 
 Variant = Literal["response_mean", "prompt_mean", "prompt_last"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+WANTED_VARIANT = f"one of {', '.join(VARIANTS)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -31,12 +32,12 @@ class PersonaVector:
     `statistics` are numbers about each site, such as how well the direction separates there.
     `calibration` is JSON, usually percentiles of the projection under the name of each site.
     Both describe the direction, not its length: multiplying by a positive number keeps them.
-    `source` is the file the vector was loaded from. Raises `VectorError` for a vector that
-    could not steer: wrong shape, NaN, infinite or zero directions, sites named twice.
+    `sites` keep their order, as a tuple; `source` is the file the vector was loaded from. Raises
+    `VectorError` for what could not steer: wrong shapes, NaN, zero directions, a site twice.
     """
 
     trait: str
-    sites: tuple[Site, ...]
+    sites: Sequence[Site]
     directions: Float[Tensor, "n_sites d_model"]
     model_id: str = ""
     revision: str | None = None
@@ -51,13 +52,16 @@ class PersonaVector:
         require_text("model_id", self.model_id)
         revision_fits = self.revision is None or isinstance(self.revision, str)
         require(revision_fits, "revision", self.revision, "text or None")
-        require(self.variant in VARIANTS, "variant", self.variant, f"one of {', '.join(VARIANTS)}")
+        require(self.variant in VARIANTS, "variant", self.variant, WANTED_VARIANT)
         is_provenance = isinstance(self.provenance, Provenance)
         require(is_provenance, "provenance", self.provenance, "a Provenance")
+        sites: object = self.sites
+        are_sites = isinstance(sites, Sequence) and all(isinstance(site, Site) for site in sites)
+        require(are_sites, "sites", sites, "a tuple of Sites")
         try:
             sites = as_sites(self.sites)
-        except (SiteError, TypeError) as error:
-            raise VectorError(f"{self.trait}: {error}") from None
+        except SiteError as error:
+            raise VectorError(f"sites of {self.trait!r}: {error}") from None
         directions = own_directions(self.trait, sites, self.directions)
         statistics = own_statistics(self.trait, sites, self.statistics)
         is_mapping = isinstance(self.calibration, Mapping)
@@ -126,24 +130,21 @@ class PersonaVector:
     def layer_incremental(self) -> "PersonaVector":
         """`v_l - v_(l-1)` for neighbouring layers, the first kept (arXiv 2507.21509, J.3).
 
-        Adding the increments of all layers adds the whole vector once by the last of them.
+        Sites come out in order of depth. Adding the increments of all layers adds the whole
+        vector once by the last of them.
         """
-        row_of = {site.layer: row for row, site in enumerate(self.sites)}
-        first, last = min(row_of), max(row_of)
-        neighbours = all(site.kind == "resid_post" for site in self.sites)
-        if not neighbours or len(row_of) != last - first + 1:
+        rising = self.at(sorted(self.sites))
+        first = rising.sites[0].layer
+        wanted = tuple(map(resid_post, range(first, first + len(self.sites))))
+        if rising.sites != wanted:
             raise VectorError(
                 f"got {self.trait!r} at {', '.join(map(str, self.sites))}; wanted resid_post of "
                 "neighbouring layers without a gap: choose them with .at(range(first, last + 1))"
             )
-        below = [
-            self.directions[row_of[site.layer - 1]]
-            if site.layer > first
-            else torch.zeros(self.d_model)
-            for site in self.sites
-        ]
+        rows = rising.directions
+        steps = torch.cat([rows[:1], rows[1:] - rows[:-1]])
         remark = "layer-incremental: each layer minus the one below"
-        return self._turned(self.directions - torch.stack(below), self.trait, remark)
+        return rising._turned(steps, self.trait, remark)
 
     def __add__(self, other: "PersonaVector") -> "PersonaVector":
         return self._combined(other, "+")
@@ -252,15 +253,13 @@ class PersonaVector:
 
     @classmethod
     def _from_record(cls, record: vector_files.VectorRecord, source: Path) -> "PersonaVector":
-        values = record.fields
-        names = [entry.name for entry in fields(Provenance)]
-        provenance = vector_files.check_fields(values["provenance"], names, "provenance")
-        require_text("pvcore_version", values["pvcore_version"])
+        values, written = record.fields, record.fields["provenance"]
+        require(values["variant"] in VARIANTS, "variant", values["variant"], WANTED_VARIANT)
         vector = cls(
             directions=record.directions,
             statistics=record.statistics,
             sites=vector_files.parse_sites(values["sites"]),
-            provenance=Provenance(**provenance),
+            provenance=Provenance(**{**written, "seeds": tuple(written["seeds"])}),
             source=source,
             **{
                 name: values[name]
@@ -269,8 +268,9 @@ class PersonaVector:
         )
         for name in ("d_model", "content_hash"):
             got, wanted = values[name], getattr(vector, name)
-            fits = type(got) is type(wanted) and got == wanted
-            require(fits, name, got, f"{wanted!r}, which the tensors have: extract it again")
+            require(
+                got == wanted, name, got, f"{wanted!r}, which the tensors have: extract it again"
+            )
         return vector
 
 
@@ -292,9 +292,9 @@ class VectorBank:
         *,
         layers: int | Site | Iterable[int | Site] | None = None,
     ) -> None:
-        stacked = (vectors,) if isinstance(vectors, PersonaVector) else tuple(vectors)
-        _require_distinct(stacked)
+        stacked = tuple(vectors) if isinstance(vectors, Iterable) else (vectors,)
         _require_one_width(stacked)
+        _require_distinct(stacked)
         _one_model_id(stacked)
         sites = _shared_sites(stacked) if layers is None else _as_sites(layers)
         sites = tuple(sorted(sites))
@@ -344,7 +344,7 @@ class VectorBank:
 
 
 def _as_sites(layers: int | Site | Iterable[int | Site]) -> tuple[Site, ...]:
-    return as_sites([layers] if isinstance(layers, int | Site) else layers)
+    return as_sites(layers if isinstance(layers, Iterable) else [layers])
 
 
 def _shared_sites(vectors: Sequence[PersonaVector]) -> tuple[Site, ...]:
@@ -359,8 +359,6 @@ def _shared_sites(vectors: Sequence[PersonaVector]) -> tuple[Site, ...]:
 
 
 def _require_distinct(vectors: Sequence[PersonaVector]) -> None:
-    if not vectors or not all(isinstance(vector, PersonaVector) for vector in vectors):
-        raise VectorError(f"got vectors {vectors!r:.60}; wanted one PersonaVector or several")
     traits = [vector.trait for vector in vectors]
     twice = sorted({trait for trait in traits if traits.count(trait) > 1})
     if twice:
@@ -371,6 +369,8 @@ def _require_distinct(vectors: Sequence[PersonaVector]) -> None:
 
 
 def _require_one_width(vectors: Sequence[PersonaVector]) -> None:
+    are_vectors = bool(vectors) and all(isinstance(vector, PersonaVector) for vector in vectors)
+    require(are_vectors, "vectors", vectors, "persona vectors: one at least, and nothing else")
     if len({vector.d_model for vector in vectors}) > 1:
         raise VectorError(
             f"got {' and '.join(map(_described, vectors))}; wanted one d_model: "
