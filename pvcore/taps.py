@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from inspect import signature
 from itertools import count
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from pvcore.sites import Site, resid_post, resid_pre
 Rows = Float[Tensor, "batch pos d_model"]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Something that looks at residuals. `before` asks for them ahead of all interventions."""
 
