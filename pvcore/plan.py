@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pvcore.blocks import Decoder
 from pvcore.errors import PlanError, PvcoreError
+from pvcore.files import write_whole
 from pvcore.interventions import Ablate, Add, Amount, Cap, Intervention, sites_of
 from pvcore.sites import Site
 from pvcore.vectors import PersonaVector, VectorBank
@@ -96,7 +96,10 @@ class Plan:
                 "vectors": [_name(vector) for vector in self.monitor.vectors],
                 "sites": [str(site) for site in self.monitor.sites],
             }
-        _write_atomically(path, json.dumps(document, indent=2) + "\n")
+        try:
+            write_whole(path, (json.dumps(document, indent=2) + "\n").encode())
+        except OSError as error:
+            raise PlanError(f"got {path}, which cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -185,16 +188,3 @@ def _load_vector(path: Path, entry: Mapping[str, str]) -> PersonaVector:
             f"{entry['sha256'][:12]}: restore that file, or save the plan again"
         )
     return vector
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise PlanError(f"got {path}, which cannot be written: {error}") from error

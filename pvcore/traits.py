@@ -2,17 +2,16 @@
 
 import difflib
 import json
-import os
 import re
 import reprlib
 import string
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pvcore.errors import TraitError
+from pvcore.files import write_whole
 
 _SHIPPED = Path(__file__).parent / "data" / "traits"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -378,17 +377,9 @@ def _unknown(name: str, names: tuple[str, ...]) -> str:
 def _write(path: Path, record: Mapping[str, object]) -> None:
     """Write JSON beside `path` and move it there, so that no reader ever meets half a file."""
     content = (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode()
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise TraitError(
             f"{path}: cannot be written ({error.strerror}); wanted a file in a directory that can "
