@@ -85,7 +85,7 @@ def encode(record: VectorRecord) -> bytes:
     tensors = {STATISTICS_PREFIX + name: tensor for name, tensor in record.statistics.items()}
     tensors[DIRECTIONS] = record.directions
     fields = {**record.fields, "format": FORMAT}
-    fields["checksum"] = _checksum(tensors, fields)
+    fields["checksum"] = checksum(tensors, fields)
     return safetensors.torch.save(tensors, {METADATA_KEY: _canonical(fields)})
 
 
@@ -102,7 +102,7 @@ def decode(data: bytes) -> VectorRecord:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     fields = _parse_fields((header.get("__metadata__") or {}).get(METADATA_KEY))
     tensors = {name: _parse_tensor(name, entry) for name, entry in entries}
-    if fields["checksum"] != _checksum(tensors, fields):
+    if fields["checksum"] != checksum(tensors, fields):
         raise VectorError(
             "got a checksum that does not match the contents; wanted the file as it was saved: "
             "it was damaged or edited, so copy it or extract the vector again"
@@ -149,6 +149,21 @@ def write(record: VectorRecord, path: str | os.PathLike[str]) -> None:
             f"{path}: cannot be written ({_reason(error)}); wanted a writable file path: "
             "nothing was changed there"
         ) from None
+
+
+def checksum(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    """SHA-256 over every field but the checksum itself, and every tensor."""
+    covered = {name: value for name, value in fields.items() if name != "checksum"}
+    digest = hashlib.sha256(_canonical(covered).encode("ascii"))
+    for name in sorted(tensors):
+        digest.update(_canonical([name, list(tensors[name].shape)]).encode("ascii"))
+        digest.update(float32_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def float32_bytes(tensor: Float[Tensor, "..."]) -> bytes:
+    """The numbers as a file holds them: row by row, little-endian."""
+    return tensor.numpy().astype("<f4").tobytes()
 
 
 def parse_sites(texts: list[str]) -> tuple[Site, ...]:
@@ -234,33 +249,18 @@ def _parse_record(tensors: dict[str, Tensor], fields: dict[str, Any]) -> VectorR
             f"got tensor {DIRECTIONS!r} of shape {list(directions.shape)}; "
             "wanted [n_sites, d_model]"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != directions.shape[:1]:
+    for name in sorted(tensors):
+        if tensors[name].shape != directions.shape[:1]:
             raise VectorError(
-                f"got tensor {name!r} of shape {list(tensor.shape)}; wanted one number for each "
+                f"got tensor {name!r} of shape {list(tensors[name].shape)}; wanted one number for each "
                 f"row of {DIRECTIONS!r} {list(directions.shape)}"
             )
     statistics = {name.removeprefix(STATISTICS_PREFIX): tensors[name] for name in sorted(tensors)}
     return VectorRecord(directions=directions, statistics=statistics, fields=fields)
 
 
-def _checksum(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
-    """SHA-256 over every field but the checksum itself, and every tensor."""
-    covered = {name: value for name, value in fields.items() if name != "checksum"}
-    digest = hashlib.sha256(_canonical(covered).encode("ascii"))
-    for name in sorted(tensors):
-        digest.update(_canonical([name, list(tensors[name].shape)]).encode("ascii"))
-        digest.update(float32_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
-
-
-def float32_bytes(tensor: Float[Tensor, "..."]) -> bytes:
-    """The numbers as a file holds them: row by row, little-endian."""
-    return tensor.numpy().astype("<f4").tobytes()
 
 
 def _reason(error: Exception) -> str:
