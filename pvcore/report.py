@@ -1,9 +1,7 @@
 """Reports: one HTML file made from plain data, that needs no network, script or other file."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -14,6 +12,7 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from pvcore.errors import PvcoreError
+from pvcore.files import write_whole
 from pvcore.numerals import Number, decimals_of, number
 from pvcore.palette import css_variables, trait_colours
 
@@ -167,15 +166,11 @@ def write(page: Page, path: str | Path) -> None:
     Raises `ReportError` when the place cannot be written to.
     """
     target = Path(path)
-    document = render(page)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    document = render(page).encode("utf-8")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(document, encoding="utf-8")
-        draft.replace(target)
+        write_whole(target, document)
     except OSError as problem:
-        with suppress(OSError):
-            draft.unlink()
         raise ReportError(
             f"got {target}, which cannot be written ({problem.strerror}); "
             "wanted a file path in a folder you may write to"
