@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -112,8 +112,6 @@ class Reading:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if self.reduce not in get_args(Reduction):
-            raise SpanError(f"got reduce {self.reduce!r}; wanted one of {get_args(Reduction)}")
         if self.batch_size < 1:
             raise SpanError(f"got batch_size {self.batch_size}; wanted at least 1")
         for site in self.sites:
@@ -176,6 +174,14 @@ class Reading:
         return Activations(
             values=values, sites=self.sites, span=self.span, lengths=lengths, moments=moments
         )
+
+
+def check_reduction(reduce: str) -> Reduction:
+    """The reduction itself, or a `SpanError` that lists those there are."""
+    for known in get_args(Reduction):
+        if reduce == known:
+            return cast(Reduction, known)
+    raise SpanError(f"got reduce {reduce!r}; wanted one of {', '.join(get_args(Reduction))}")
 
 
 def collect(reading: Reading, *, progress: bool) -> Activations:

@@ -37,11 +37,12 @@ MID_NORM = {
 class Decoder:
     """The decoder inside a causal language model.
 
-    `owner` is the module whose forward runs the `blocks` one after another; `path` names the block
-    list inside the model, as in `model.layers`. `no_mid` says why `resid_mid` does not exist, or
-    is empty.
+    `root` is the whole model, `owner` the module whose forward runs the `blocks` one after
+    another; `path` names the block list inside the model, as in `model.layers`. `no_mid` says why
+    `resid_mid` does not exist, or is empty.
     """
 
+    root: nn.Module
     owner: nn.Module
     blocks: tuple[nn.Module, ...]
     path: str
@@ -105,6 +106,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     path = _block_list(model, n_layers)
     owner = model.get_submodule(path.rpartition(".")[0])
     return Decoder(
+        root=model,
         owner=owner,
         blocks=tuple(model.get_submodule(path).children()),
         path=path,

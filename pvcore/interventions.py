@@ -13,7 +13,8 @@ from pvcore.sites import Site
 from pvcore.spans import Span, check_span
 from pvcore.vectors import PersonaVector, VectorBank
 
-PerRow = float | Sequence[float] | Tensor
+Number = int | float
+PerRow = Number | Sequence[Number] | Tensor
 Setting = PerRow | Mapping[int, PerRow]
 Rows = float | tuple[float, ...]
 
@@ -127,7 +128,7 @@ class Add(_Aimed):
         *,
         coeff: Setting,
         layers: Iterable[int | Site] | None = None,
-        span: Span | None = None,
+        span: Span | str | None = None,
     ) -> None:
         self._aim(vectors, layers, span)
         object.__setattr__(self, "coeff", Amount.of(coeff, "coeff"))
@@ -151,7 +152,7 @@ class Ablate(_Aimed):
         vectors: PersonaVector | Sequence[PersonaVector],
         *,
         layers: Iterable[int | Site] | None = None,
-        span: Span | None = None,
+        span: Span | str | None = None,
     ) -> None:
         self._aim(vectors, layers, span)
 
@@ -181,7 +182,7 @@ class Cap(_Aimed):
         min: Setting | None = None,
         max: Setting | None = None,
         layers: Iterable[int | Site] | None = None,
-        span: Span | None = None,
+        span: Span | str | None = None,
     ) -> None:
         self._aim(vectors, layers, span)
         if min is None and max is None:

@@ -122,14 +122,15 @@ class AlarmBell:
     """Rings once when a projection crosses its trait's threshold from below."""
 
     def __init__(
-        self, thresholds: Mapping[str, float], traits: Sequence[str], sites: Sequence[Site]
+        self, thresholds: Mapping[str, int | float], traits: Sequence[str], sites: Sequence[Site]
     ) -> None:
         unknown = sorted(set(thresholds) - set(traits))
         if unknown:
             raise PlanError(
                 f"got an alarm for {', '.join(unknown)}; the bank watches {', '.join(traits)}"
             )
-        self._thresholds, self._sites = dict(thresholds), tuple(sites)
+        self._thresholds = {trait: float(value) for trait, value in thresholds.items()}
+        self._sites = tuple(sites)
         self._above: dict[str, Tensor] = {}
 
     def ring(

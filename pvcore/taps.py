@@ -6,7 +6,7 @@ costs one context-variable read. This is the only module that registers torch ho
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import signature
@@ -177,8 +177,9 @@ class _Post(_Hook):
     """On a block's output, a bare tensor or the first item of a tuple."""
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if _RUNNING.get() is None:
-            return None
+        return None if _RUNNING.get() is None else _outside_graph(self._act, output)
+
+    def _act(self, output: Any) -> Any:
         if torch.is_tensor(output):
             return self._fire(output)
         if not (isinstance(output, tuple) and output and torch.is_tensor(output[0])):
@@ -191,8 +192,9 @@ class _Pre(_Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _RUNNING.get() is None:
-            return None
+        return None if _RUNNING.get() is None else _outside_graph(self._act, args, kwargs)
+
+    def _act(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         moved = self._fire(args[0] if args else kwargs["hidden_states"])
         if moved is None:
             return None
@@ -207,11 +209,13 @@ class _Mid(_Hook):
     """
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _RUNNING.get() is None:
-            return
-        moved = self._fire(args[0])
+        if _RUNNING.get() is not None:
+            _outside_graph(self._act, args[0])
+
+    def _act(self, h: Tensor) -> None:
+        moved = self._fire(h)
         if moved is not None:
-            args[0].copy_(moved)
+            h.copy_(moved)
 
 
 class _Begin(_Hook):
@@ -224,14 +228,16 @@ class _Begin(_Hook):
         self.taps, self.names = taps, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.owner in _ARMED.get() or _RUNNING.get() is not None:
+            _outside_graph(self._act, module, args, kwargs)
+
+    def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _RUNNING.set(None)
         session = _ARMED.get().get(self.owner)
         if session is None:
-            if _RUNNING.get() is not None:
-                _RUNNING.set(None)
             return
-        frame = begin_frame(
-            self.owner, dict(zip(self.names, args, strict=False)) | kwargs, training=module.training
-        )
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        frame = begin_frame(self.owner, given, training=module.training)
         session.check_rows(frame)
         for reader in session.readers:
             reader.begin(frame)
@@ -242,9 +248,20 @@ class _End(_Hook):
     """On the decoder itself: closes the frame."""
 
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if _RUNNING.get() is not None:
+            _outside_graph(self._act)
+
+    def _act(self) -> None:
         running = _RUNNING.get()
         if running is not None and running.owner == self.owner and not running.ended:
             running.end()
+
+
+def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
+    """Call `act`; in a compiled model outside the graph, where plans stay ordinary data."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(act)(*args)
+    return act(*args)
 
 
 _KEYS = count()
@@ -282,7 +299,7 @@ class Taps:
 
     def _refuse_compiled(self, what: str) -> None:
         """A compiled module ignores hooks that come later, without a word: raise instead."""
-        for module in (self.decoder.owner, *self.decoder.blocks):
+        for module in self.decoder.root.modules():
             forward = module.__dict__.get("forward")
             if module._compiled_call_impl is not None or hasattr(
                 forward, "_torchdynamo_orig_callable"
