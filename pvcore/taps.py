@@ -260,7 +260,7 @@ class _End(_Hook):
 def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
     """Call `act`; in a compiled model outside the graph, where plans stay ordinary data."""
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(act)(*args)
+        return torch.compiler.disable(act)(*args)  # type: ignore[no-untyped-call]
     return act(*args)
 
 
