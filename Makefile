@@ -5,6 +5,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 CORE := .venv/core-installed
 TESTS := .venv/tests-installed
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo test check bench report
 
@@ -27,11 +28,15 @@ bench: $(CORE)
 report: $(CORE)
 	@$(BIN)/python -m benches.report
 
+# The CUDA build of torch asks for a triton of its own: where that is the build pip finds, the
+# pinned one cannot be had beside it, and the second try leaves triton to torch.
 $(CORE): EXTRA :=
 $(TESTS): EXTRA := [test]
 $(CORE) $(TESTS): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("pvcore needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
 	@echo "Installing pvcore$(EXTRA) into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".$(EXTRA)"
+	@$(INSTALL) -c constraints.txt -e ".$(EXTRA)" || { \
+		grep -v '^triton==' constraints.txt > .venv/constraints.txt; \
+		$(INSTALL) -c .venv/constraints.txt -e ".$(EXTRA)"; }
 	@touch $@ $(CORE)

@@ -7,7 +7,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import Progress
 from torch import Tensor, nn
 
 import pvcore_kernels as kernels
@@ -186,6 +185,9 @@ def check_reduction(reduce: str) -> Reduction:
 
 def collect(reading: Reading, *, progress: bool) -> Activations:
     """All batches together, chats in their own order."""
+    # Imported here, because rich draws random numbers when it is imported.
+    from rich.progress import Progress
+
     chats = len(reading.encoded)
     lengths = torch.zeros(chats, dtype=torch.long)
     values: Tensor | None = None

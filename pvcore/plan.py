@@ -82,7 +82,10 @@ class Plan:
         A vector that was not loaded from a file is written beside the plan, into `NAME.vectors/`.
         """
         path = Path(path)
-        files = {v.content_hash: (_name(v), _vector_file(v, path)) for v in self.vectors}
+        try:
+            files = {v.content_hash: (_name(v), _vector_file(v, path)) for v in self.vectors}
+        except OSError as error:
+            raise PlanError(f"got {path}, beside which nothing can be written: {error}") from error
         document: dict[str, Any] = {
             "format": FORMAT,
             "vectors": {
@@ -140,7 +143,7 @@ def _vector_file(vector: PersonaVector, path: Path) -> Path:
     if vector.source is not None and vector.source.exists():
         return vector.source
     folder = path.with_suffix(".vectors")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     file = folder / f"{_name(vector)}.safetensors"
     vector.save(file)
     return file

@@ -122,15 +122,7 @@ class Trait:
             instructions = extraction.pairs("instruction", "pos", "neg")
             extraction_questions = extraction.texts("questions")
             rubric = extraction.text("eval_prompt")
-        with _blaming(str(evaluation.path)):
-            evaluation.require(_UPSTREAM_FIELDS, closed=False)
-            evaluation_questions = evaluation.texts("questions")
-            for field in ("instruction", "eval_prompt"):
-                if evaluation.fields[field] != extraction.fields[field]:
-                    raise TraitError(
-                        f"{field}: got another value than in {extraction.path}; wanted the two "
-                        "files of one trait. Give the files that belong together"
-                    )
+        evaluation_questions = _agreeing_questions(evaluation, extraction)
         with _blaming(f"{extraction.path} and {evaluation.path}"):
             return cls(
                 name=name,
@@ -373,6 +365,19 @@ def _unknown(name: str, names: tuple[str, ...]) -> str:
         f"got trait {name!r}; the shipped traits are {', '.join(names)}. "
         f"{hint} the path of a trait file, which ends in .json"
     )
+
+
+def _agreeing_questions(evaluation: "_Record", extraction: "_Record") -> tuple[str, ...]:
+    """The evaluation file's questions, if all else in it is as in the extraction file."""
+    with _blaming(str(evaluation.path)):
+        evaluation.require(_UPSTREAM_FIELDS, closed=False)
+        for field in ("instruction", "eval_prompt"):
+            if evaluation.fields[field] != extraction.fields[field]:
+                raise TraitError(
+                    f"{field}: got another value than in {extraction.path}; wanted the two files "
+                    "of one trait. Give the files that belong together"
+                )
+        return evaluation.texts("questions")
 
 
 def _write(path: Path, record: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ def test_written_and_read():
     "text", ["resid_post", "resid_post.-1", "resid_post.1.2", "mlp.3", "resid_post.x", "", "."]
 )
 def test_bad_text_is_refused(text):
-    with pytest.raises(SiteError, match="wanted KIND.LAYER"):
+    with pytest.raises(SiteError, match=r"wanted KIND\.LAYER"):
         pv.Site.parse(text)
 
 
@@ -34,7 +34,13 @@ def test_negative_layer_says_what_to_do():
 
 
 def test_depth_orders_sites_as_a_forward_reaches_them():
-    shuffled = [pv.resid_post(0), pv.resid_mid(1), pv.resid_pre(0), pv.resid_pre(1), pv.resid_mid(0)]
+    shuffled = [
+        pv.resid_post(0),
+        pv.resid_mid(1),
+        pv.resid_pre(0),
+        pv.resid_pre(1),
+        pv.resid_mid(0),
+    ]
     assert [str(site) for site in sorted(shuffled)] == [
         "resid_pre.0",
         "resid_mid.0",

@@ -1,10 +1,11 @@
 """The specification against float64 written out by hand."""
 
-import pvcore_kernels as kernels
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import pvcore_kernels as kernels
 
 # Rounding once costs half an ulp; the rest is the float32 sum over d_model (measured 2e-7).
 TOLERANCE = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -42,7 +43,7 @@ def test_project_and_add_match_float64(dtype, width, rows):
 
 
 def test_float64_in_gives_float64_out():
-    h, v, units = draw(5, 32, 2, torch.float64)
+    h, _v, units = draw(5, 32, 2, torch.float64)
     assert kernels.project(h, units).dtype == torch.float64
     step = kernels.AblateStep(index=(0, 1), gram_inverse=inverse(units, (0, 1)))
     moved = kernels.intervene(h, units, units @ units.T, [step])
@@ -52,7 +53,7 @@ def test_float64_in_gives_float64_out():
 
 
 def test_joint_ablation_differs_from_one_by_one():
-    h, v, units = draw(6, 16, 3, torch.float64)
+    h, _v, units = draw(6, 16, 3, torch.float64)
     units[1] = (units[0] + 0.8 * units[1]) / (units[0] + 0.8 * units[1]).norm()
     step = kernels.AblateStep(index=(0, 1), gram_inverse=inverse(units, (0, 1)))
     joint = kernels.intervene(h, units, units @ units.T, [step])
@@ -64,7 +65,7 @@ def test_joint_ablation_differs_from_one_by_one():
 
 
 def test_cap_lands_where_it_was_sent_and_holds_the_others():
-    h, v, units = draw(40, 16, 3, torch.float64)
+    h, _v, units = draw(40, 16, 3, torch.float64)
     before = h @ units.T
     step = kernels.CapStep(index=(0, 2), gram_inverse=inverse(units, (0, 2)), low=-0.5, high=0.25)
     moved = kernels.intervene(h, units, units @ units.T, [step])
@@ -78,7 +79,7 @@ def test_cap_lands_where_it_was_sent_and_holds_the_others():
 
 
 def test_steps_run_in_declared_order():
-    h, v, units = draw(4, 16, 2, torch.float64)
+    h, _v, units = draw(4, 16, 2, torch.float64)
     gram = units @ units.T
     shift = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
     add = kernels.AddStep(shift=shift)
@@ -90,7 +91,7 @@ def test_steps_run_in_declared_order():
 
 
 def test_masked_rows_stay_bit_identical():
-    h, v, units = draw(6, 16, 2, torch.float32)
+    h, v, _units = draw(6, 16, 2, torch.float32)
     h[2] = -0.0
     mask = torch.tensor([True, False, False, True, True, False])[:, None]
     moved = kernels.add(h, v[:1].float(), mask)
@@ -99,7 +100,7 @@ def test_masked_rows_stay_bit_identical():
 
 
 def test_bound_per_row_reaches_its_row():
-    h, v, units = draw(3, 16, 1, torch.float64)
+    h, _v, units = draw(3, 16, 1, torch.float64)
     high = torch.tensor([[-5.0], [0.0], [5.0]], dtype=torch.float64)
     step = kernels.CapStep(index=(0,), gram_inverse=inverse(units, (0,)), high=high)
     moved = kernels.intervene(h, units, units @ units.T, [step])
@@ -107,7 +108,7 @@ def test_bound_per_row_reaches_its_row():
 
 
 def test_gradients_flow_through_every_step():
-    h, v, units = draw(4, 8, 2, torch.float64)
+    h, _v, units = draw(4, 8, 2, torch.float64)
     gram = units @ units.T
     steps = [
         kernels.AddStep(shift=torch.tensor([[0.5, -1.0]], dtype=torch.float64)),
