@@ -220,7 +220,7 @@ def _encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> E
     start = len(prompt_ids)
     if first > len(prompt):
         start = max(start, _reply_start(tokenizer, text, ids, first))
-    end = max(start, _reply_end(tokenizer, text, ids, last)) if last > first else start
+    end = _reply_end(tokenizer, text, ids, last)
     return Encoded(ids=ids, prompt_length=len(prompt_ids), reply=(start, end), source="messages")
 
 
@@ -231,14 +231,13 @@ def _reply_characters(
     reply = str(messages[-1]["content"])
     twin = [*messages[:-1], {**messages[-1], "content": SENTINEL}]
     around = str(_apply_template(tokenizer, twin, tokenize=False, for_reply=False))
-    head, found, closer = around.removeprefix(prompt).rpartition(SENTINEL)
-    if found and around.startswith(prompt):
-        # A reply may bring the head itself: a reasoning template leaves a written thought alone.
-        for opening in (prompt + head, prompt):
-            first, last = len(opening), len(text) - len(closer)
-            framed = first <= last and text.startswith(opening) and text.endswith(closer)
-            if framed and text[first:last].strip() == reply.strip():
-                return first, last
+    head, _, closer = around.removeprefix(prompt).partition(SENTINEL)
+    # A reply may bring the head itself: a reasoning template leaves a written thought alone.
+    for opening in (prompt + head, prompt):
+        first, last = len(opening), len(text) - len(closer)
+        framed = first <= last and text.startswith(opening) and text.endswith(closer)
+        if framed and text[first:last].strip() == reply.strip():
+            return first, last
     raise SpanError(_rewritten("reply", reply, text[len(prompt) :]))
 
 

@@ -143,6 +143,32 @@ def test_extra_keys_of_a_message_reach_the_template_and_stand_before_the_reply()
     assert parts("chatml", encoded)[1:3] == ("Hm.", " fox.")
 
 
+def test_a_space_after_the_prompt_is_no_part_of_the_prompt() -> None:
+    tokenizer = chat_templates.chatml()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content", "(' ' if message.role == 'assistant' else '') + message.content"
+    )
+
+    prompt, head, reply, _ = parts("chatml", encode(tokenizer, answered("fox")))
+
+    assert (prompt, head, reply) == (EXPECTED["chatml"][0], "", " fox")
+
+
+def test_what_a_template_leaves_out_around_an_empty_reply_is_not_missed() -> None:
+    tokenizer = chat_templates.plain()
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}{{ message.content + ' So' }}"
+        "{% else %}{{ '\n' + message.content + ('\n' if message.content else '') }}{% endif %}"
+        "{% endfor %}"
+    )
+
+    assert parts("plain", encode(tokenizer, answered("fox")))[1:] == ("\n", "fox", "\n")
+    empty = encode(tokenizer, answered(""))
+    assert empty.reply == (empty.prompt_length, empty.prompt_length)
+    assert len(empty.ids) > empty.prompt_length
+
+
 def test_a_string_is_tokenized_as_it_is() -> None:
     for family in ("base", "llama3"):
         tokenizer = tokenizer_of(family)

@@ -77,6 +77,30 @@ def test_a_template_that_changes_a_reply_without_thoughts_is_refused_without_nam
     assert "think" not in str(refusal.value)
 
 
+def test_a_template_that_closes_turns_by_what_they_say_is_refused() -> None:
+    tokenizer = chat_templates.chatml()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>\\n'", "('<|im_end|> ' if message.content == 'Yes.' else '<|im_end|>\\n')"
+    )
+
+    with pytest.raises(
+        SpanError, match=r"rewrote the reply: wanted 'Yes\.', got 'Yes\.<.im_end.> '"
+    ):
+        encode(tokenizer, answered("Yes."))
+    assert parts("chatml", encode(tokenizer, answered("No.")))[2] == "No."
+
+
+def test_a_template_that_speaks_for_a_silent_assistant_is_refused() -> None:
+    tokenizer = chat_templates.chatml()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content", "('says ' if message.content else 'mute ') + message.content"
+    )
+
+    with pytest.raises(SpanError, match="rewrote the reply: wanted '', got 'mute "):
+        encode(tokenizer, answered(""))
+    assert parts("chatml", encode(tokenizer, answered("No.")))[1:3] == ("says ", "No.")
+
+
 def test_a_reasoning_template_still_encodes_prompts() -> None:
     messages = answered("<think>\nHm.\n</think>\n\nA fox.", STORY)
     encoded = encode(tokenizer_of("deepseek_r1"), [*messages, QUESTION], for_generation=True)
@@ -158,12 +182,15 @@ def test_text_without_a_tokenizer_is_refused(chat: object) -> None:
         encode(None, chat)
 
 
-def test_a_template_that_leaves_nothing_is_an_empty_prompt() -> None:
+@pytest.mark.parametrize("chat", [[STORY], answered("Yes.")])
+def test_a_template_that_leaves_nothing_before_a_reply_is_an_empty_prompt(
+    chat: list[dict[str, str]],
+) -> None:
     tokenizer = chat_templates.chatml()
-    tokenizer.chat_template = "{{ '' }}"
+    tokenizer.chat_template = "{{ messages[1].content if messages | length > 1 else '' }}"
 
-    with pytest.raises(ChatError, match="got an empty prompt"):
-        encode(tokenizer, [STORY])
+    with pytest.raises(ChatError, match="got an empty prompt: no tokens"):
+        encode(tokenizer, chat)
 
 
 def test_a_reply_is_nothing_to_generate() -> None:
