@@ -371,6 +371,7 @@ def test_algebra_is_row_by_row_and_names_its_results():
     negative, negative_sum = -a, -(a + b)
     assert (-negative).trait == "evil"
     assert (-negative_sum).trait == "-(-(evil + humor))"
+    assert (-a.rename("-")).trait == "-(-)"
     assert a.rename("malice").trait == "malice"
     assert torch.equal(a.rename("malice").directions, x)
 
