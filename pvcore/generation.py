@@ -29,7 +29,7 @@ Watcher = Callable[[Tensor, Tensor], None]
 class Generated:
     """New token ids of every returned sequence, cut after its end token."""
 
-    sequences: tuple[Int[Tensor, " pos"], ...]
+    sequences: tuple[Int[Tensor, " _"], ...]
 
 
 class _Ends:

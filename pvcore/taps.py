@@ -63,7 +63,7 @@ class Session:
         stop_at: Site | None = None,
         outer: "Session | None" = None,
     ) -> None:
-        self.outer, self.stop_at = outer, stop_at
+        self.outer = outer
         self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
         self.readers: tuple[Reader, ...] = (*(outer.readers if outer else ()), *readers)
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
@@ -73,8 +73,12 @@ class Session:
         for reader in self.readers:
             for site in reader.sites:
                 self.at[site] = (*self.at.get(site, ()), reader)
+        # A monitor armed outside may look deeper than the read that wants to stop.
+        self.stop_at = None if stop_at is None else max(stop_at, *self.at)
         self.expected = frozenset(
-            site for site in (*self.programs, *self.at) if stop_at is None or site <= stop_at
+            site
+            for site in (*self.programs, *self.at)
+            if self.stop_at is None or site <= self.stop_at
         )
         self.forwards = 0
 

@@ -156,7 +156,7 @@ def test_plans_refuse_what_is_no_intervention():
             "min is above its max",
         ),
         (lambda: pv.Cap(vector(), min=[0.0], max=[1.0, 1.0]), PlanError, "1 values of min and 2"),
-        (lambda: pv.Ablate([]), VectorError, "at least one"),
+        (lambda: pv.Ablate([]), VectorError, "one at least"),
         (lambda: pv.Ablate([vector(), vector(seed=3)]), VectorError, "evil"),
     ],
 )
