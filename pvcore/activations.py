@@ -118,7 +118,7 @@ class Reading:
 
     def run(self) -> Iterator[tuple[list[int], Activations]]:
         """Chat indices and their activations, one length bucket after another."""
-        ranges = [span_range(one, self.span) for one in self.encoded]
+        ranges = [self._range(index) for index in range(len(self.encoded))]
         group = object()
         for chosen in length_buckets(self.encoded, self.batch_size):
             batch = pad([self.encoded[i] for i in chosen], side="right", pad_id=self.pad_id)
@@ -133,6 +133,12 @@ class Reading:
             pool = _Pool(self.sites, [ranges[i] for i in chosen], self.reduce, self.before)
             self._forward(batch, call, pool)
             yield chosen, self._result(pool, [ranges[i] for i in chosen], chosen)
+
+    def _range(self, index: int) -> tuple[int, int]:
+        try:
+            return span_range(self.encoded[index], self.span)
+        except SpanError as error:
+            raise SpanError(f"chat {index}: {error}") from error
 
     def _forward(self, batch: Batch, call: Call, pool: _Pool) -> None:
         """One forward that ends at the deepest site, before logits are made."""

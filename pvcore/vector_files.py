@@ -96,8 +96,8 @@ def decode(data: bytes) -> VectorRecord:
     except safetensors.SafetensorError as error:
         raise VectorError(
             f"got bytes that are no whole safetensors file ({error}); wanted a vector file as "
-            "PersonaVector.save writes it: copy it again, or convert other formats with "
-            "pvcore.formats"
+            "PersonaVector.save writes it: copy it again, or make the vector anew from "
+            "its directions"
         ) from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     fields = _parse_fields((header.get("__metadata__") or {}).get(METADATA_KEY))
@@ -186,7 +186,7 @@ def _parse_fields(text: str | None) -> dict[str, Any]:
     if text is None:
         raise VectorError(
             f"got no {METADATA_KEY!r} metadata; wanted a vector file as PersonaVector.save writes "
-            "it: convert other formats with pvcore.formats"
+            "it: make the vector anew from its directions"
         )
     try:
         fields: Any = json.loads(text, parse_constant=_finite, parse_float=_finite)

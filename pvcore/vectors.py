@@ -38,7 +38,8 @@ class PersonaVector:
 
     trait: str
     sites: Sequence[Site]
-    directions: Float[Tensor, "n_sites d_model"]
+    # Of any shape in the type, so that a wrong one meets the error that says what to do.
+    directions: Float[Tensor, "..."]
     model_id: str = ""
     revision: str | None = None
     variant: Variant = "response_mean"

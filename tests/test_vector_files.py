@@ -314,7 +314,7 @@ def test_load_refuses_every_truncation(saved):
 def test_load_refuses_a_file_without_metadata(tmp_path, metadata):
     path = tmp_path / "evil.safetensors"
     path.write_bytes(safetensors.torch.save({"directions": torch.ones(1, 4)}, metadata))
-    refused(path, "got no 'pvcore' metadata", "convert other formats with pvcore.formats")
+    refused(path, "got no 'pvcore' metadata", "make the vector anew from its directions")
 
 
 def test_load_refuses_null_metadata(tmp_path):
