@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from pvcore import chats as chat_ids
-from pvcore.activations import Activations, Reading, Reduction, collect
+from pvcore.activations import Activations, Reading, Reduction, check_reduction, collect
 from pvcore.blocks import find_decoder
-from pvcore.chats import Chats
+from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
 from pvcore.generation import Generated, Request
 from pvcore.interventions import Intervention
@@ -22,6 +22,7 @@ from pvcore.sites import Site, as_sites
 from pvcore.spans import Span, check_span
 from pvcore.stream import AlarmBell, Pieces, Relay, Step
 from pvcore.taps import taps_of
+from pvcore.trace import Residuals, Tracing
 from pvcore.vectors import VectorBank
 
 
@@ -44,6 +45,7 @@ class HookedModel:
         self.tokenizer = tokenizer
         self._decoder = find_decoder(hf)
         self._taps = taps_of(self._decoder)
+        self._tracing = Tracing(hf, self._decoder, self._taps.is_armed)
         name = getattr(getattr(hf, "config", None), "name_or_path", "") or ""
         self.model_id = str(name) if model_id is None else model_id
 
@@ -94,6 +96,28 @@ class HookedModel:
         dtype: torch.dtype = self.hf.get_input_embeddings().weight.dtype
         return dtype
 
+    def trace(self, *inputs: Any, **settings: Any) -> Any:
+        """nnsight's tracer: the `with` block reads and patches one forward as it runs.
+
+        Inputs are chats, or what the model takes; `settings` go to its forward, or to its
+        `generate` with `fn="generate"`. In the block `resid_pre`, `resid_mid` and `resid_post` give
+        the residual stream, the tracer's own `tr.envoy` every module. One thread at a time traces
+        a model (`TraceError`); other threads may run it meanwhile.
+        """
+        return self._tracing.open(self.tokenizer, inputs, settings, self._max_length)
+
+    @property
+    def resid_pre(self) -> Residuals:
+        return Residuals("resid_pre", self._tracing)
+
+    @property
+    def resid_mid(self) -> Residuals:
+        return Residuals("resid_mid", self._tracing)
+
+    @property
+    def resid_post(self) -> Residuals:
+        return Residuals("resid_post", self._tracing)
+
     def arm(self, plan: Plan, *, check_model: bool = True) -> AbstractContextManager[Seen]:
         """Run a plan in every forward inside the `with` block, in this thread only.
 
@@ -102,6 +126,7 @@ class HookedModel:
         """
         if not isinstance(plan, Plan):
             raise PlanError(f"got {type(plan).__name__}; wanted a Plan, as in pv.Plan(pv.Add(...))")
+        self._tracing.refuse_inside("a plan to arm")
         plan.check(self._decoder, self.model_id, check_model=check_model)
         return self._armed(plan)
 
@@ -131,9 +156,9 @@ class HookedModel:
         self,
         chats: Chats,
         *,
-        sites: Sequence[Site],
-        span: Span = "response",
-        reduce: Reduction = "mean",
+        sites: Sequence[int | Site],
+        span: Span | str = "response",
+        reduce: Reduction | str = "mean",
         batch_size: int = 16,
         before: bool = False,
         progress: bool = False,
@@ -152,9 +177,9 @@ class HookedModel:
         self,
         chats: Chats,
         *,
-        sites: Sequence[Site],
-        span: Span = "response",
-        reduce: Reduction = "mean",
+        sites: Sequence[int | Site],
+        span: Span | str = "response",
+        reduce: Reduction | str = "mean",
         batch_size: int = 16,
         before: bool = False,
     ) -> Iterator[tuple[list[int], Activations]]:
@@ -164,24 +189,38 @@ class HookedModel:
     def _reading(
         self,
         chats: Chats,
-        sites: Sequence[Site],
-        span: Span,
-        reduce: Reduction,
+        sites: Sequence[int | Site],
+        span: Span | str,
+        reduce: Reduction | str,
         batch_size: int,
         before: bool,
     ) -> Reading:
+        self._tracing.refuse_inside("a read")
         return Reading(
             hf=self.hf,
             taps=self._taps,
-            encoded=chat_ids.encode_all(self.tokenizer, chats, max_length=self._max_length),
+            encoded=self._encoded(chats),
             sites=as_sites(sites),
             span=check_span(span),
-            reduce=reduce,
+            reduce=check_reduction(reduce),
             batch_size=batch_size,
             before=before,
             pad_id=chat_ids.pad_id(self.tokenizer),
             device=self.device,
         )
+
+    def _encoded(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:
+        encoded = chat_ids.encode_all(
+            self.tokenizer, chats, max_length=self._max_length, for_generation=for_generation
+        )
+        size = len(self.hf.get_input_embeddings().weight)
+        for index, one in enumerate(encoded):
+            if max(one.ids) >= size:
+                raise ChatError(
+                    f"chat {index}: got token id {max(one.ids)}; this model embeds {size} tokens: "
+                    "use the tokenizer that belongs to it"
+                )
+        return encoded
 
     @property
     def _max_length(self) -> int | None:
@@ -199,14 +238,13 @@ class HookedModel:
         sequences = self._request(chats, settings).run().sequences
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
 
-    def generate_ids(self, chats: Chats, **settings: Any) -> list[Int[Tensor, " pos"]]:
+    def generate_ids(self, chats: Chats, **settings: Any) -> list[Int[Tensor, " _"]]:
         """The new token ids of each returned sequence, up to and including its end token."""
         return list(self._request(chats, settings).run().sequences)
 
     def _request(self, chats: Chats, settings: dict[str, Any]) -> Request:
-        encoded = chat_ids.encode_all(
-            self.tokenizer, chats, max_length=self._max_length, for_generation=True
-        )
+        self._tracing.refuse_inside("a generation")
+        encoded = self._encoded(chats, for_generation=True)
         pad_id = chat_ids.pad_id(self.tokenizer)
         return Request(
             hf=self.hf,
@@ -223,7 +261,7 @@ class HookedModel:
         chats: Chats,
         bank: VectorBank | None = None,
         *,
-        alarms: Mapping[str, float] | None = None,
+        alarms: Mapping[str, int | float] | None = None,
         check_model: bool = True,
         **settings: Any,
     ) -> Iterator[Step]:
