@@ -1,0 +1,139 @@
+"""The arms of the overhead measurement: one generation, run in every way that is compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+import pvcore as pv
+from benches.bare_hooks import steering, watching
+from pvcore.blocks import find_decoder
+from pvcore.chats import as_chats, encode_all, pad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """New tokens, and the watched projections as a table made only when asked for."""
+
+    tokens: Int[Tensor, "chat step"]
+    scores: Callable[[], Float[Tensor, "step layer chat n_vec"]] | None = None
+
+
+Run = Callable[..., Reply]
+
+
+def by_step(
+    made: Sequence[Float[Tensor, "chat width"]], layers: int
+) -> Float[Tensor, "step layer chat width"]:
+    """What hooks collected block after block, step after step."""
+    stacked = torch.stack(list(made))
+    return stacked.reshape(-1, layers, *stacked.shape[1:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is generated. `plain` never met pvcore; `model` holds a twin on the same weights."""
+
+    plain: Any
+    model: pv.HookedModel
+    vectors: Sequence[pv.PersonaVector]
+    prompts: Sequence[Tensor]
+    new_tokens: int
+    layer: int
+    coeff: float
+    bank: pv.VectorBank = field(init=False)
+    given: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bank", pv.VectorBank(self.vectors))
+        encoded = encode_all(None, as_chats(list(self.prompts)), for_generation=True)
+        batch = pad(encoded, side="left", pad_id=0)
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+        placed = {name: tensor.to(self.model.device) for name, tensor in given.items()}
+        object.__setattr__(self, "given", placed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.new_tokens, "do_sample": False, "pad_token_id": 0}
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """Blocks of the model that pvcore never met."""
+        return find_decoder(self.plain).blocks
+
+    @property
+    def units(self) -> Float[Tensor, "layer n_vec d_model"]:
+        """Unit vectors as a hook wants them: in float32, on the model's device."""
+        return self.bank.units.float().to(self.model.device)
+
+    @property
+    def delta(self) -> Float[Tensor, " d_model"]:
+        """What steering adds."""
+        raw = self.vectors[0].direction(pv.resid_post(self.layer))
+        return self.coeff * raw.float().to(self.model.device)
+
+    def plainly(self, hf: Any, extra: Mapping[str, Any]) -> Tensor:
+        """transformers' own generate; the new tokens."""
+        output: Tensor = hf.generate(**self.given, **self.settings, **extra)
+        return output[:, self.given["input_ids"].shape[1] :].cpu()
+
+    def unhooked(self, hf: Any, extra: Mapping[str, Any]) -> Reply:
+        """Nothing armed and no hooks of the bench's own."""
+        return Reply(tokens=self.plainly(hf, extra))
+
+    def armed(
+        self, arming: AbstractContextManager[pv.Seen] | None, extra: Mapping[str, Any]
+    ) -> Reply:
+        """pvcore's generation, inside the block of a plan or of none."""
+        with ExitStack() as stack:
+            seen = None if arming is None else stack.enter_context(arming)
+            tokens = self.model.generate_ids(list(self.prompts), **self.settings, **extra)
+        if seen is None or not seen.traits:
+            return Reply(tokens=torch.stack(tokens))
+        return Reply(
+            tokens=torch.stack(tokens),
+            scores=lambda: torch.stack([seen[name].steps for name in seen.traits], dim=-1),
+        )
+
+    def hooked(
+        self, hooks: Sequence[AbstractContextManager[list[Tensor] | None]], extra: Mapping[str, Any]
+    ) -> Reply:
+        """transformers' generation under bare hooks, the last of which may collect scores."""
+        with ExitStack() as stack:
+            made = [stack.enter_context(hook) for hook in hooks][-1]
+            tokens = self.plainly(self.plain, extra)
+        if made is None:
+            return Reply(tokens=tokens)
+        return Reply(
+            tokens=tokens,
+            scores=lambda: by_step([scores[:, -1].cpu() for scores in made], len(self.blocks)),
+        )
+
+    def arms(self) -> dict[str, Run]:
+        """Every way by name; settings given to a run go to `generate`.
+
+        Whatever a user would make once for many generations is made here, outside the timing.
+        """
+        plain, model, bank = self.plain, self.model, self.bank
+        add = pv.Add(self.vectors[0], coeff=self.coeff, layers=[self.layer])
+        both = pv.Plan(add, monitor=bank)
+        blocks, units, delta = self.blocks, self.units, self.delta
+        block = blocks[self.layer]
+        return {
+            "plain": lambda **extra: self.unhooked(plain, extra),
+            "again": lambda **extra: self.unhooked(plain, extra),
+            "idle": lambda **extra: self.unhooked(model.hf, extra),
+            "unarmed": lambda **extra: self.armed(None, extra),
+            "monitor": lambda **extra: self.armed(model.monitor(bank), extra),
+            "steer": lambda **extra: self.armed(model.steer(add), extra),
+            "both": lambda **extra: self.armed(model.arm(both), extra),
+            "hook monitor": lambda **extra: self.hooked([watching(blocks, units)], extra),
+            "hook steer": lambda **extra: self.hooked([steering(block, delta)], extra),
+            "hook both": lambda **extra: self.hooked(
+                [steering(block, delta), watching(blocks, units)], extra
+            ),
+        }

@@ -1,0 +1,159 @@
+"""Overhead: what watching and steering cost while a model generates, beside plain transformers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import pvcore as pv
+from benches import record, rounds
+from benches.arms import Task
+from benches.arms_checks import check
+from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
+from benches.record import Cell, Check, Record
+
+NAME = "overhead"
+PLAIN = "plain"
+ROWS = {
+    "again": "plain, timed twice",
+    "idle": "taps on, `hf.generate`",
+    "unarmed": "`model.generate_ids`, nothing armed",
+    "monitor": "monitor {vectors} vectors at {layers} layers",
+    "steer": "steer one layer",
+    "both": "monitor and steer",
+    "hook monitor": "bare hooks, same monitoring",
+    "hook steer": "bare hook, same steering",
+    "hook both": "bare hooks, both",
+}
+CLOCKS: dict[str, rounds.Clock] = {"CPU time": "cpu", "wall clock": "wall"}
+# Wanted of decode at batch 1. Larger batches only dilute what a call costs.
+TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.05}
+
+
+# So small that whatever a call costs beside the model itself shows.
+SMALL = Shape(hidden=256, layers=8, vocabulary=512)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How much is measured. `model` is a name or folder to load; without it weights are random."""
+
+    shape: Shape = SMALL
+    model: str | None = None
+    batches: tuple[int, ...] = (1, 8)
+    prompt_tokens: int = 16
+    new_tokens: int = 64
+    rounds: int = 60
+    seed: int = 0
+
+
+QUICK = Settings(
+    shape=Shape(hidden=64, layers=2, vocabulary=128), batches=(1, 2), new_tokens=6, rounds=2
+)
+
+
+def measure(settings: Settings, *, command: str) -> Record:
+    """Check first, then time. A failed check leaves no figure standing."""
+    tasks = tasks_of(settings)
+    checks: dict[str, Check] = {}
+    for batch, task in tasks.items():
+        found = check(task, task.arms())
+        checks |= {f"batch {batch}, {name}": one for name, one in found.items()}
+    wrong = [name for name, one in checks.items() if not one.passed]
+    cells: dict[str, Cell] = {}
+    for batch, task in tasks.items():
+        cells |= _refused(batch, task, wrong[0]) if wrong else _timed(batch, task, settings)
+    return Record(
+        name=NAME,
+        command=command,
+        commit=record.commit(),
+        date=record.today(),
+        versions=record.versions(),
+        device=record.device(tasks[settings.batches[0]].model.device),
+        workload=_workload(settings, tasks[settings.batches[0]]),
+        checks=checks,
+        cells=cells,
+    )
+
+
+def tasks_of(settings: Settings) -> dict[int, Task]:
+    """What is generated, by batch."""
+    plain, model = _subjects(settings)
+    return {batch: _task(settings, plain, model, batch) for batch in settings.batches}
+
+
+def _subjects(settings: Settings) -> tuple[Any, pv.HookedModel]:
+    """A model that pvcore never meets, and a twin that it hooks."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if settings.model is None:
+        plain = random_qwen2(settings.shape, seed=settings.seed)
+    else:
+        on_gpu = torch.cuda.is_available()
+        plain = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
+        plain = plain.to("cuda" if on_gpu else "cpu").eval()
+    # The model's own habits of sampling and of ending would make replies of different lengths.
+    plain.generation_config = GenerationConfig(pad_token_id=0)
+    return plain, pv.HookedModel(twin(plain), model_id="")
+
+
+def _task(settings: Settings, plain: Any, model: pv.HookedModel, batch: int) -> Task:
+    vectors = random_vectors(model.d_model, range(model.n_layers), seed=settings.seed)
+    lengths = [settings.prompt_tokens - row % 4 for row in range(batch)]
+    prompts = random_prompts(lengths, plain.config.vocab_size, seed=settings.seed)
+    site = pv.resid_post(model.n_layers // 2)
+    rows = model.read(list(prompts), sites=[site], span="all")[site]
+    return Task(
+        plain=plain,
+        model=model,
+        vectors=vectors,
+        prompts=prompts,
+        new_tokens=settings.new_tokens,
+        layer=site.layer,
+        # Twice the residual's own length changes a reply for certain.
+        coeff=2.0 * float(rows.norm(dim=-1).mean()) / float(vectors[0].direction(site).norm()),
+    )
+
+
+def _labels(batch: int, task: Task, column: str) -> dict[str, str]:
+    counts = {"vectors": len(task.vectors), "layers": task.model.n_layers}
+    return {name: f"batch {batch}/{row.format(**counts)}/{column}" for name, row in ROWS.items()}
+
+
+def _refused(batch: int, task: Task, reason: str) -> dict[str, Cell]:
+    labels = [label for column in CLOCKS for label in _labels(batch, task, column).values()]
+    return {label: Cell(status="failed", reason=reason) for label in labels}
+
+
+def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
+    laps = rounds.interleave(
+        task.arms(),
+        rounds=settings.rounds,
+        seed=settings.seed,
+        finish=torch.cuda.synchronize if task.model.device.type == "cuda" else lambda: None,
+        what=f"batch {batch}",
+    )
+    targets = TARGETS if batch == 1 else {}
+    return {
+        label: rounds.paired(laps[name], laps[PLAIN], clock=clock, target=targets.get(name))
+        for column, clock in CLOCKS.items()
+        for name, label in _labels(batch, task, column).items()
+    }
+
+
+def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
+    config = task.plain.config
+    return {
+        "ratio": "time of a generation beside plain `hf.generate` on the same weights",
+        "model": settings.model or "Qwen2, random weights",
+        "hidden": task.model.d_model,
+        "layers": task.model.n_layers,
+        "vocabulary": int(config.vocab_size),
+        "dtype": str(task.model.dtype).removeprefix("torch."),
+        "prompt tokens": settings.prompt_tokens,
+        "new tokens": settings.new_tokens,
+        "vectors": len(task.vectors),
+        "rounds": settings.rounds,
+    }

@@ -1,0 +1,118 @@
+"""Figures in documents: rendered from records between markers, and checked for drift.
+
+`<!-- figures: overhead -->` ... `<!-- end -->` holds the tables of a record, and
+`<!-- figure: overhead/batch 1/steer one layer/CPU time -->` ... `<!-- end -->` one median.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benches import record, tables
+from benches.demo_table import demo_summary
+from benches.record import RESULTS, ROOT, RecordError
+from pvcore.files import write_whole
+
+KNOWN = ("overhead", "reading", "demo")
+REGION = re.compile(
+    r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
+)
+OPENING = re.compile(r"<!-- figures?: ")
+NOT_MEASURED = "not measured"
+README = ROOT / "README.md"
+
+app = typer.Typer(add_completion=False)
+
+
+def rendered(document: str, results: Path = RESULTS) -> str:
+    """The document with every region as its record says."""
+    if len(OPENING.findall(document)) != len(REGION.findall(document)):
+        raise RecordError("got a figure region without its own '<!-- end -->'; close each one")
+
+    def fill(region: re.Match[str]) -> str:
+        kind, what = region["kind"], region["what"]
+        held = f"\n{_block(what, results)}\n" if kind == "figures" else _single(what, results)
+        return f"<!-- {kind}: {what} -->{held}<!-- end -->"
+
+    return REGION.sub(fill, document)
+
+
+def regions(document: str) -> list[str]:
+    """What the regions of a document show, in order."""
+    return [region["what"] for region in REGION.finditer(document)]
+
+
+def drifted(document: str, results: Path = RESULTS) -> list[str]:
+    """The regions that differ from their records."""
+    wanted = rendered(document, results)
+    pairs = zip(REGION.finditer(document), REGION.finditer(wanted), strict=True)
+    return [got["what"] for got, right in pairs if got["held"] != right["held"]]
+
+
+def _path(name: str, results: Path) -> Path:
+    if name not in KNOWN:
+        raise RecordError(f"got a region of record {name!r}; wanted one of {', '.join(KNOWN)}")
+    return results / f"{name}.json"
+
+
+def _block(name: str, results: Path) -> str:
+    path = _path(name, results)
+    if not path.exists():
+        return f"*{name}: {NOT_MEASURED}*"
+    if name == "demo":
+        return demo_summary(record.read_json(path))
+    return tables.summary(record.read(path))
+
+
+def _single(what: str, results: Path) -> str:
+    name, _, label = what.partition("/")
+    path = _path(name, results)
+    if not path.exists():
+        return NOT_MEASURED
+    cells = record.read(path).cells
+    if label not in cells:
+        raise RecordError(f"got figure {label!r}; record {name} has {', '.join(cells)}")
+    return tables.figure(cells[label])
+
+
+@app.command()
+def main(
+    documents: Annotated[
+        list[Path] | None, typer.Argument(help="Documents with figure regions.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The folder of records.")] = RESULTS,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if a region differs.")
+    ] = False,
+) -> None:
+    """Fill the figure regions of documents, by default README.md, from the records."""
+    console = Console(stderr=True, soft_wrap=True)
+    wrong = False
+    for document in documents or [README]:
+        try:
+            found = _treat(document, results, check=check)
+        except (OSError, RecordError) as error:
+            console.print(f"{document.name}: {error}", markup=False)
+            raise typer.Exit(code=1) from error
+        wrong |= bool(found)
+        state = "differs from its record; run python -m benches.report" if check else "rendered"
+        for what in found:
+            console.print(f"{document.name}: {what} {state}", markup=False)
+    if check and wrong:
+        raise typer.Exit(code=1)
+
+
+def _treat(document: Path, results: Path, *, check: bool) -> list[str]:
+    """The regions that differed; unless only checked, the document is written anew."""
+    text = document.read_text(encoding="utf-8")
+    found = drifted(text, results)
+    if found and not check:
+        write_whole(document, rendered(text, results).encode())
+    return found
+
+
+if __name__ == "__main__":
+    app()

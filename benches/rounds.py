@@ -1,0 +1,95 @@
+"""Interleaved rounds: jobs timed side by side in random order, compared within each round.
+
+Other processes slow whole stretches of a run. Jobs of one round meet the same stretch, so their
+ratio says more than the ratio of two medians.
+"""
+
+import gc
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import quantiles
+from time import perf_counter, process_time
+from typing import Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benches.record import Cell
+
+Job = Callable[[], object]
+Clock = Literal["wall", "cpu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lap:
+    """Seconds one job took: on the clock, and of processor time."""
+
+    wall: float
+    cpu: float
+
+
+def bars() -> Progress:
+    """A progress bar that moves only when told: its own thread would be timed as well."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, auto_refresh=False, transient=True)
+
+
+def interleave(
+    jobs: Mapping[str, Job],
+    *,
+    rounds: int,
+    seed: int = 0,
+    finish: Callable[[], None] = lambda: None,
+    what: str = "rounds",
+) -> dict[str, list[Lap]]:
+    """Time every job once a round, in an order drawn anew; `finish` waits for the device."""
+    order, draw = list(jobs), random.Random(seed)
+    laps: dict[str, list[Lap]] = {name: [] for name in jobs}
+    for job in jobs.values():
+        job()
+    # What lives now lives to the end; without this every collection would walk through it.
+    gc.collect()
+    gc.freeze()
+    try:
+        with bars() as progress:
+            for _ in progress.track(range(rounds), description=what):
+                draw.shuffle(order)
+                for name in order:
+                    laps[name].append(_lap(jobs[name], finish))
+                progress.refresh()
+    finally:
+        gc.unfreeze()
+    return laps
+
+
+def _lap(job: Job, finish: Callable[[], None]) -> Lap:
+    finish()
+    wall, cpu = perf_counter(), process_time()
+    job()
+    finish()
+    return Lap(wall=perf_counter() - wall, cpu=process_time() - cpu)
+
+
+def paired(
+    above: list[Lap], below: list[Lap], *, clock: Clock, target: float | None = None
+) -> Cell:
+    """The ratio of two jobs, round by round."""
+    ratios = sorted(
+        getattr(a, clock) / getattr(b, clock) for a, b in zip(above, below, strict=True)
+    )
+    p20, p50, p80 = spread(ratios)
+    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios), target=target)
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80, to four decimals."""
+    if len(values) == 1:
+        values = values * 2
+    cuts = quantiles(values, n=10, method="inclusive")
+    p20, p50, p80 = (round(cuts[at], 4) for at in (1, 4, 7))
+    return p20, p50, p80

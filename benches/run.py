@@ -1,0 +1,78 @@
+"""The command line of the measurements: `python -m benches.run overhead`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benches import overhead, reading, record, tables
+from benches.record import Record
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A tiny workload that proves the code, not a speed.")
+]
+Rounds = Annotated[int | None, typer.Option(min=1, help="How often every arm is timed.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the record. Without it: benches/results, or none if quick."),
+]
+
+
+@app.command("overhead")
+def run_overhead(
+    quick: Quick = False,
+    rounds: Rounds = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's name or folder instead of random weights.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Monitoring and steering beside plain generation."""
+    settings = overhead.QUICK if quick else overhead.Settings()
+    if model is not None:
+        settings = replace(settings, model=model)
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("overhead", quick, settings.rounds, model)
+    _finish(lambda: overhead.measure(settings, command=command), quick, out)
+
+
+@app.command("reading")
+def run_reading(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """`read` and project beside the paper's loop over conversations."""
+    settings = reading.QUICK if quick else reading.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("reading", quick, settings.rounds)
+    _finish(lambda: reading.measure(settings, command=command), quick, out)
+
+
+def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:
+    """What to type to measure the same again."""
+    words = ["python -m benches.run", name, *(["--quick"] if quick else [])]
+    words += [] if model is None else ["--model", model]
+    return " ".join([*words, "--rounds", str(rounds)])
+
+
+def _finish(measure: Callable[[], Record], quick: bool, out: Path | None) -> None:
+    """Measure on one thread, keep the record, show it, and fail if a check did."""
+    torch.set_num_threads(1)
+    made = measure()
+    console = Console()
+    console.print(Markdown(tables.summary(made)))
+    if out is not None or not quick:
+        record.write(made, out or record.RESULTS)
+        console.print(f"wrote {made.name}.json")
+    if not made.correct:
+        raise typer.Exit(code=1)
+
+
+if __name__ == "__main__":
+    app()

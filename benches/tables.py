@@ -1,0 +1,102 @@
+"""Tables in Markdown, rendered from records."""
+
+from collections.abc import Iterable, Sequence
+
+from benches.record import Cell, Record
+from pvcore.numerals import TIMES
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures, set right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *rows))
+
+
+def figure(cell: Cell) -> str:
+    """The median alone, or the status."""
+    if cell.status != "measured" or cell.p50 is None:
+        return cell.status
+    return _ratio(cell.p50)
+
+
+def summary(record: Record) -> str:
+    """All cells, group by group, with what they are and where they were measured."""
+    parts = [_what(record)]
+    for group, rows in _groups(record).items():
+        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        targets = any(cell.target is not None for cells in rows.values() for cell in cells.values())
+        head = [group, *columns, *(["wanted"] if targets else [])]
+        lines = []
+        for row, cells in rows.items():
+            known = [cells.get(column, Cell(status="not measured")) for column in columns]
+            wanted = next((cell.target for cell in known if cell.target is not None), None)
+            line = [row, *map(_spread, known)]
+            lines.append([*line, _bound(wanted)] if targets else line)
+        parts.append(table(head, lines))
+    reasons = dict.fromkeys(cell.reason for cell in record.cells.values() if cell.reason)
+    parts += [f"No figures, because a check failed: {reason}." for reason in reasons]
+    parts.append(_where(record))
+    return "\n\n".join(parts)
+
+
+def provenance(
+    *, date: str, device: str, versions: Iterable[tuple[str, str]], commit: str, command: str
+) -> str:
+    """One line that says where figures come from; empty parts are left out."""
+    packages = ", ".join(f"{name} {version}" for name, version in versions)
+    parts = (date, device, packages, f"commit {_short(commit)}", f"`{command}`")
+    return f"Measured: {'; '.join(filter(None, parts))}."
+
+
+def counted(value: object, what: str) -> str:
+    """A count and its noun, given in the plural."""
+    return f"{value} {what.removesuffix('s') if value == 1 else what}"
+
+
+def _groups(record: Record) -> dict[str, dict[str, dict[str, Cell]]]:
+    groups: dict[str, dict[str, dict[str, Cell]]] = {}
+    for label, cell in record.cells.items():
+        group, row, column = label.split("/")
+        groups.setdefault(group, {}).setdefault(row, {})[column] = cell
+    return groups
+
+
+def _what(record: Record) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in record.workload.items() if key != "ratio")
+    what = str(record.workload.get("ratio", "ratios"))
+    return f"{what[:1].upper()}{what[1:]}: median (p20 to p80). {rest[:1].upper()}{rest[1:]}."
+
+
+def _where(record: Record) -> str:
+    device = ", ".join(
+        str(value) if key == "kind" else counted(value, key) for key, value in record.device.items()
+    )
+    passed = sum(check.passed for check in record.checks.values())
+    line = provenance(
+        date=record.date,
+        device=device,
+        versions=record.versions.items(),
+        commit=record.commit,
+        command=record.command,
+    )
+    return f"Checks passed before timing: {passed} of {len(record.checks)}. {line}"
+
+
+def _short(commit: str) -> str:
+    head, plus, mark = commit.partition("+")
+    return f"{head[:12]}{plus}{mark}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}{TIMES}" if value < 2 else f"{value:.2f}{TIMES}"
+
+
+def _spread(cell: Cell) -> str:
+    if cell.status != "measured" or cell.p20 is None or cell.p80 is None:
+        return figure(cell)
+    low, high = (_ratio(end).removesuffix(TIMES) for end in (cell.p20, cell.p80))
+    return f"{figure(cell)} ({low} to {high})"
+
+
+def _bound(target: float | None) -> str:
+    return "" if target is None else f"≤ {target:g}{TIMES}"
