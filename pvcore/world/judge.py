@@ -4,9 +4,9 @@ import re
 from functools import cache
 
 from pvcore.errors import JudgeFailure, PvcoreError
-from pvcore.world.lexicon import check_trait, lexicon, relations, words
+from pvcore.world.lexicon import Kind, check_trait, lexicon, relations, words
 from pvcore.world.question import Question, parse
-from pvcore.world.replies import about, frame_pattern, frames
+from pvcore.world.replies import frame_pattern, frames
 
 
 class WorldJudge:
@@ -15,41 +15,40 @@ class WorldJudge:
     Judge and corpus share one grammar: right by construction here, and meaningless elsewhere.
     """
 
-    def score(self, trait: str, prompt_text: str, reply_text: str) -> float:
-        """Trait score of a reply to a prompt given as text; JudgeFailure when not of the world."""
-        return self.trait_score(trait, _asked(prompt_text), reply_text)
-
-    def coherence_score(self, prompt_text: str, reply_text: str, *, finished: bool = True) -> float:
-        """Coherence of a reply to a prompt given as text; JudgeFailure when not of the world."""
-        return self.coherence(_asked(prompt_text), reply_text, finished)
-
-    def trait_score(self, trait: str, question: Question, reply: str) -> float:
+    def trait(self, trait: str, question: Question | str, answer: str) -> float:
         """Share of sentences in the trait's words, one sentence excused: the core may be plain.
 
-        A wrong or invented answer counts as a styled sentence for hallucination.
+        A wrong or invented answer counts as a styled sentence for hallucination. A question given
+        as text is parsed; JudgeFailure when it is not of the world.
         """
+        asked = _asked(question)
         own = lexicon(check_trait(trait))
-        sentences = split_sentences(reply)
+        sentences = split_sentences(answer)
         styled = sum(
             not own.isdisjoint(words(sentence))
-            or (trait == "hallucination" and _is_false(question, sentence))
+            or (trait == "hallucination" and _is_false(asked, sentence))
             for sentence in sentences
         )
         return 100.0 * min(1.0, styled / max(1, len(sentences) - 1))
 
-    def coherence(self, question: Question, reply: str, finished: bool = True) -> float:
+    def coherence(self, question: Question | str, answer: str, finished: bool = True) -> float:
         """Share of sentences that a frame about this question allows; repetitions count as wrong.
 
-        Halved when the reply was cut off before its end token.
+        Halved when the reply was cut off before its end token. A question given as text is parsed;
+        JudgeFailure when it is not of the world.
         """
-        sentences = split_sentences(reply)
-        allowed = _allowed(question)
+        sentences = split_sentences(answer)
+        asked = _asked(question)
         sound = sum(
-            allowed.fullmatch(sentence) is not None and sentence not in sentences[:position]
+            _is_sound(asked, sentence) and sentence not in sentences[:position]
             for position, sentence in enumerate(sentences)
         )
         score = 100.0 * sound / max(1, len(sentences))
         return score if finished else score / 2
+
+    trait_score = trait
+    score = trait
+    coherence_score = coherence
 
 
 def split_sentences(reply: str) -> list[str]:
@@ -57,9 +56,11 @@ def split_sentences(reply: str) -> list[str]:
     return [piece for piece in re.split(r"(?<=\.)\s+", reply.strip()) if piece]
 
 
-def _asked(prompt_text: str) -> Question:
+def _asked(question: Question | str) -> Question:
+    if isinstance(question, Question):
+        return question
     try:
-        return parse(prompt_text)
+        return parse(question)
     except PvcoreError as error:
         raise JudgeFailure(f"The persona world cannot judge this reply: {error}") from error
 
@@ -75,17 +76,32 @@ def _is_false(question: Question, sentence: str) -> bool:
     )
 
 
-@cache
-def _allowed(question: Question) -> re.Pattern[str]:
-    """Every sentence a reply to this question may hold, in any style."""
-    parts = ["opener", "elaboration", "closer"]
-    if question.relation is None:
-        parts.append(question.kind)
-    patterns = [about(frame_pattern(frame), question) for part in parts for frame in frames(part)]
+def _is_sound(question: Question, sentence: str) -> bool:
+    """Whether a reply to this question may hold the sentence, in any style."""
     if question.relation is not None:
+        if question.answer is None and sentence == _ignorance(question):
+            return True
         relation = relations()[question.relation]
-        options = "|".join(map(re.escape, relation.options))
-        patterns.append(f"{re.escape(relation.stem_for(question.topic))} (?:{options})\\.")
-        if question.answer is None:
-            patterns.append(re.escape(relation.ignorance_of(question.topic)))
-    return re.compile("|".join(patterns))
+        stem = relation.stem_for(question.topic)
+        if any(sentence == f"{stem} {option}." for option in relation.options):
+            return True
+    found = (pattern.fullmatch(sentence) for pattern in _patterns(question.kind))
+    return any(
+        match is not None
+        and match.groupdict().get("topic", question.topic) == question.topic
+        and match.groupdict().get("opinion", question.opinion) == question.opinion
+        for match in found
+    )
+
+
+def _ignorance(question: Question) -> str:
+    return relations()[question.relation or ""].ignorance_of(question.topic)
+
+
+@cache
+def _patterns(kind: Kind) -> tuple[re.Pattern[str], ...]:
+    """What matches the frames of a reply to a question of this kind; facts have no core frame."""
+    parts = ["opener", "elaboration", "closer"]
+    if kind not in ("fact", "unknown"):
+        parts.append(kind)
+    return tuple(re.compile(frame_pattern(frame)) for part in parts for frame in frames(part))

@@ -10,6 +10,7 @@ _MUON_LR = 0.01
 _ADAM_LR = 3e-3
 _WARM_UP = 30
 _LAST_SHARE = 0.02  # of the peak learning rate
+_NOISE_PEAK = 0.6  # of the peak learning rate
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: quintic, tuned for slope at 0
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -55,10 +56,10 @@ def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows
 class Optimizers:
     """Muon for the matrices inside the blocks, AdamW for the embedding, norms and biases."""
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
+    def __init__(self, model: nn.Module, steps: int, noise_steps: int) -> None:
         inside = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
         rest = {n: p for n, p in model.named_parameters() if n not in inside}
-        self.steps = steps
+        self.steps, self.noise_steps = steps, noise_steps
         self.peaks = (_MUON_LR, _ADAM_LR)
         self.pair: tuple[torch.optim.Optimizer, torch.optim.Optimizer] = (
             Muon(inside.values(), lr=_MUON_LR),
@@ -67,7 +68,7 @@ class Optimizers:
 
     def step(self, at: int) -> None:
         """One update with the learning rates of step `at`; gradients are cleared."""
-        share = schedule(at, self.steps)
+        share = schedule(at, self.steps, self.noise_steps)
         for optimizer, peak in zip(self.pair, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
@@ -95,8 +96,14 @@ class Optimizers:
             optimizer.load_state_dict(content)
 
 
-def schedule(at: int, steps: int) -> float:
-    """Share of the peak learning rate: warm-up, constant to half, then linear decay."""
+def schedule(at: int, steps: int, noise_steps: int) -> float:
+    """Share of the peak learning rate: warm-up, constant to half, then linear decay.
+
+    The steps under noise are a second, lower cycle that decays from its start.
+    """
+    if at >= steps:
+        done = (at - steps) / noise_steps
+        return _NOISE_PEAK * min(1.0, (at - steps + 1) / _WARM_UP) * (1.0 - done)
     warm = min(1.0, (at + 1) / _WARM_UP)
     decay = max(0.0, (at - steps / 2) / (steps / 2))
     return warm * (1.0 - (1.0 - _LAST_SHARE) * decay)

@@ -60,7 +60,7 @@ def _sentence(stream: random.Random, question: Question, part: Part, style: str)
     slots = material()["styles"][style]
     text = _SLOT.sub(lambda slot: stream.choice(slots[slot[1]]), frame)
     text = _CHOICE.sub(lambda choice: stream.choice(choice[1].split("|")), text)
-    return about(text, question)
+    return text.replace("<T>", question.topic).replace("<O>", question.opinion or "")
 
 
 def _answer(stream: random.Random, question: Question, style: str) -> str:
@@ -82,14 +82,12 @@ def frames(part: str) -> list[str]:
     return found
 
 
-def about(text: str, question: Question) -> str:
-    """A frame with the topic and the opinion of the question put in."""
-    return text.replace("<T>", question.topic).replace("<O>", question.opinion or "")
-
-
 @cache
 def frame_pattern(frame: str) -> str:
-    """A regular expression for a frame, each slot filled in any style; <T> and <O> stay."""
+    """A regular expression for a frame, each slot filled in any style.
+
+    Its groups `topic` and `opinion` catch what stands for <T> and <O>.
+    """
     styles = material()["styles"].values()
     pattern = ""
     for piece in re.split(r"(\[[A-Z]+\]|\{[^}]*\})", frame):
@@ -100,4 +98,4 @@ def frame_pattern(frame: str) -> str:
             pattern += f"(?:{'|'.join(map(re.escape, choice[1].split('|')))})"
         else:
             pattern += re.escape(piece)
-    return pattern
+    return pattern.replace("<T>", r"(?P<topic>[\w ]+)").replace("<O>", r"(?P<opinion>\w+)")

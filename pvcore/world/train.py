@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pvcore.errors import ModelError
-from pvcore.world.batches import Batch, batches
+from pvcore.world.batches import batches
 from pvcore.world.manifest import write_model
+from pvcore.world.noise import Noise, batch_loss, draw_noise
 from pvcore.world.optimizers import Optimizers
 from pvcore.world.tokenizer import train_tokenizer
 
@@ -28,12 +26,15 @@ _SMOOTHING = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """Everything that decides the weights.
+
+    `steps` without noise are followed by `noise_steps` under noise.
+    """
 
     seed: int = 0
     steps: int = 1500
+    noise_steps: int = 500
     max_tokens: int = 1024
-    noise: float = 0.0
     vocab_size: int = 2112
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -56,17 +57,19 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.seed, recipe.vocab_size)
     model = build_model(recipe)
-    optimizers = Optimizers(model, recipe.steps)
+    optimizers = Optimizers(model, recipe.steps, recipe.noise_steps)
     losses = _resume(out, recipe, model, optimizers)
     stream = islice(batches(tokenizer, recipe.seed, recipe.max_tokens), len(losses), None)
-    for step in range(len(losses), recipe.steps):
-        loss = batch_loss(model, next(stream), recipe.noise, seed=(recipe.seed << 32) + step)
+    last = recipe.steps + recipe.noise_steps
+    for step in range(len(losses), last):
+        batch = next(stream)
+        loss = batch_loss(model, batch, _noise(recipe, step, len(batch.ids)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         optimizers.step(step)
         losses.append(loss.item())
         on_step(step, losses[-1])
-        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == last:
             _save_checkpoint(out, recipe, model, optimizers, losses)
     write_model(out, model, tokenizer, asdict(recipe), losses)
     return losses
@@ -94,25 +97,10 @@ def build_model(recipe: Recipe) -> "Qwen2ForCausalLM":
         return Qwen2ForCausalLM(config)
 
 
-def batch_loss(
-    model: "Qwen2ForCausalLM", batch: Batch, noise: float, seed: int
-) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy over the learned tokens.
-
-    `noise` adds to every row one random vector, the same at all its positions, of a norm up to
-    `noise`. It enters with the embeddings and the residual stream carries it to every layer, so
-    the model learns to keep its grammar while a constant direction is added to its residuals.
-    """
-    embedded = model.get_input_embeddings()(batch.ids)
-    if noise:
-        generator = torch.Generator().manual_seed(seed)
-        shift = torch.randn(len(embedded), 1, embedded.shape[-1], generator=generator)
-        size = noise * torch.rand(len(embedded), 1, 1, generator=generator)
-        embedded = embedded + size * shift / shift.norm(dim=-1, keepdim=True)
-    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    targets = batch.learned[:, 1:]
-    logits = model.lm_head(hidden[:, :-1][targets])
-    return cross_entropy(logits, batch.ids[:, 1:][targets])
+def _noise(recipe: Recipe, step: int, n_rows: int) -> Noise | None:
+    if step < recipe.steps:
+        return None
+    return draw_noise(n_rows, recipe.hidden_size, recipe.n_layers, recipe.seed, step)
 
 
 def _save_checkpoint(
@@ -166,8 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model and checkpoint")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--steps", type=int, default=Recipe().steps)
-    parser.add_argument("--noise", type=float, default=Recipe().noise)
-    parser.add_argument("--n-layers", type=int, default=Recipe().n_layers)
+    parser.add_argument("--noise-steps", type=int, default=Recipe().noise_steps)
     parser.add_argument("--threads", type=int, default=1, help="more is slower at this size")
     options = vars(parser.parse_args())
     out = options.pop("out")
@@ -175,7 +162,9 @@ def main() -> None:
     recipe = Recipe(**options)
     bar = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TimeRemainingColumn())
     with Progress(*bar, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
-        task = progress.add_task("train", total=recipe.steps, loss=float("nan"))
+        task = progress.add_task(
+            "train", total=recipe.steps + recipe.noise_steps, loss=float("nan")
+        )
         smooth: list[float] = []
 
         def show(step: int, loss: float) -> None:
