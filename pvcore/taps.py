@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import signature
 from itertools import count
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -146,9 +145,14 @@ class _Running:
             reader.end(self.frame)
 
 
-_NOTHING: Mapping[int, Session] = MappingProxyType({})
-_ARMED: ContextVar[Mapping[int, Session]] = ContextVar("pvcore_armed", default=_NOTHING)
+# None rather than an empty mapping when idle: a compiled graph can guard on it.
+_ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
 _RUNNING: ContextVar[_Running | None] = ContextVar("pvcore_running", default=None)
+
+
+def _session(owner: int) -> Session | None:
+    """The session armed on a decoder in this context."""
+    return (_ARMED.get() or {}).get(owner)
 
 
 def _inert(*_: Any, **__: Any) -> None:
@@ -232,12 +236,12 @@ class _Begin(_Hook):
         self.taps, self.names = taps, names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.owner in _ARMED.get() or _RUNNING.get() is not None:
+        if _ARMED.get() is not None or _RUNNING.get() is not None:
             _outside_graph(self._act, module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _RUNNING.set(None)
-        session = _ARMED.get().get(self.owner)
+        session = _session(self.owner)
         if session is None:
             return
         given = dict(zip(self.names, args, strict=False)) | kwargs
@@ -329,15 +333,14 @@ class Taps:
         """
         for site in {*programs, *(site for reader in readers for site in reader.sites)}:
             self.tap(site)
-        armed = _ARMED.get()
         session = Session(
             programs,
             readers=readers,
             row_counts=row_counts,
             stop_at=stop_at,
-            outer=armed.get(self.key),
+            outer=_session(self.key),
         )
-        token = _ARMED.set({**armed, self.key: session})
+        token = _ARMED.set({**(_ARMED.get() or {}), self.key: session})
         try:
             yield session
         finally:
@@ -355,7 +358,7 @@ class Taps:
 
         A generation puts its outcome into the list.
         """
-        session = _ARMED.get().get(self.key)
+        session = _session(self.key)
         readers = session.readers if session else ()
         outcomes: list[Outcome] = []
         finished = False
@@ -369,7 +372,7 @@ class Taps:
 
     def is_armed(self) -> bool:
         """Whether a plan is armed on this decoder in the current context."""
-        return self.key in _ARMED.get()
+        return _session(self.key) is not None
 
 
 def taps_of(decoder: Decoder) -> Taps:
