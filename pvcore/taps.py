@@ -145,7 +145,6 @@ class _Running:
             reader.end(self.frame)
 
 
-# None rather than an empty mapping when idle: a compiled graph can guard on it.
 _ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
 _RUNNING: ContextVar[_Running | None] = ContextVar("pvcore_running", default=None)
 
