@@ -108,7 +108,7 @@ class Seen:
     def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
         record = self._records[frame.call]
         if self._stepping(frame):
-            record.rows.append(h.detach()[:, -1])
+            record.rows.append(h if frame.width == 1 else h[:, -1:])
         else:
             scores = kernels.project(h.detach(), self._placed(h)[self.sites.index(site)])
             if site not in record.given:
@@ -123,9 +123,13 @@ class Seen:
         record = self._records[frame.call]
         rows, record.rows = record.rows, []
         if len({row.device for row in rows}) == 1:
-            record.steps.append(kernels.project_layers(torch.stack(rows), self._placed(rows[0])))
+            newest = torch.stack(rows).detach().squeeze(2)
+            record.steps.append(kernels.project_layers(newest, self._placed(newest)))
         else:
-            scores = [kernels.project(r, self._placed(r)[i]).cpu() for i, r in enumerate(rows)]
+            scores = [
+                kernels.project(row.detach().squeeze(1), self._placed(row)[site]).cpu()
+                for site, row in enumerate(rows)
+            ]
             record.steps.append(torch.stack(scores))
 
     def close(self, call: Call, outcome: Outcome | None) -> None:

@@ -68,16 +68,17 @@ class Session:
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
         for site, program in programs.items():
             self.programs[site] = (*self.programs.get(site, ()), program)
-        self.at: dict[Site, tuple[Reader, ...]] = {}
+        at: dict[Site, tuple[Reader, ...]] = {}
         for reader in self.readers:
             for site in reader.sites:
-                self.at[site] = (*self.at.get(site, ()), reader)
+                at[site] = (*at.get(site, ()), reader)
+        self.work = {
+            site: (self.programs.get(site, ()), at.get(site, ())) for site in {*self.programs, *at}
+        }
         # A monitor armed outside may look deeper than the read that wants to stop.
-        self.stop_at = None if stop_at is None else max(stop_at, *self.at)
+        self.stop_at = None if stop_at is None else max(stop_at, *at)
         self.expected = frozenset(
-            site
-            for site in (*self.programs, *self.at)
-            if self.stop_at is None or site <= self.stop_at
+            site for site in self.work if self.stop_at is None or site <= self.stop_at
         )
         self.forwards = 0
 
@@ -107,9 +108,10 @@ class _Running:
     def fire(self, site: Site, h: Tensor) -> Tensor | None:
         """Patch, then read. None leaves the residual as it is."""
         session, frame = self.session, self.frame
-        programs, readers = session.programs.get(site, ()), session.at.get(site, ())
-        if not programs and not readers:
+        work = session.work.get(site)
+        if work is None:
             return None
+        programs, readers = work
         rows = h if h.ndim == 3 else h.reshape(frame.batch, -1, h.shape[-1])
         if rows.shape[:2] != (frame.batch, frame.width):
             raise HookError(
