@@ -252,8 +252,8 @@ def _parse_record(tensors: dict[str, Tensor], fields: dict[str, Any]) -> VectorR
     for name in sorted(tensors):
         if tensors[name].shape != directions.shape[:1]:
             raise VectorError(
-                f"got tensor {name!r} of shape {list(tensors[name].shape)}; wanted one number for each "
-                f"row of {DIRECTIONS!r} {list(directions.shape)}"
+                f"got tensor {name!r} of shape {list(tensors[name].shape)}; wanted one number for "
+                f"each row of {DIRECTIONS!r} {list(directions.shape)}"
             )
     statistics = {name.removeprefix(STATISTICS_PREFIX): tensors[name] for name in sorted(tensors)}
     return VectorRecord(directions=directions, statistics=statistics, fields=fields)
