@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class HookedModel:
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | PathLike[str],
         *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
