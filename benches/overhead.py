@@ -1,13 +1,17 @@
 """Overhead: what watching and steering cost while a model generates, beside plain transformers."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pvcore as pv
 from benches import record, rounds
-from benches.arms import Task
+from benches.arms import Run, Task
 from benches.arms_checks import check
 from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
 from benches.record import Cell, Check, Record
@@ -25,7 +29,11 @@ ROWS = {
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
-CLOCKS: dict[str, rounds.Clock] = {"CPU time": "cpu", "wall clock": "wall"}
+CLOCKS: dict[str, rounds.Clock] = {
+    "median step": "step",
+    "CPU time": "cpu",
+    "wall clock": "wall",
+}
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.05}
 
@@ -128,11 +136,12 @@ def _refused(batch: int, task: Task, reason: str) -> dict[str, Cell]:
 
 
 def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
+    on_gpu = task.model.device.type == "cuda"
     laps = rounds.interleave(
-        task.arms(),
+        {name: stepping(arm, on_gpu=on_gpu) for name, arm in task.arms().items()},
         rounds=settings.rounds,
         seed=settings.seed,
-        finish=torch.cuda.synchronize if task.model.device.type == "cuda" else lambda: None,
+        finish=torch.cuda.synchronize if on_gpu else lambda: None,
         what=f"batch {batch}",
     )
     targets = TARGETS if batch == 1 else {}
@@ -143,10 +152,30 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
     }
 
 
+def stepping(arm: Run, *, on_gpu: bool) -> rounds.Job:
+    """The arm, and how long its median decode step took: a burst elsewhere hits few steps."""
+    from transformers import LogitsProcessorList
+
+    class Ticks(list[float]):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.append(perf_counter() if on_gpu else process_time())
+            return scores
+
+    def job() -> float:
+        ticks = Ticks()
+        arm(logits_processor=LogitsProcessorList([ticks]))
+        return median(later - earlier for earlier, later in pairwise(ticks))
+
+    return job
+
+
 def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
     config = task.plain.config
     return {
-        "ratio": "time of a generation beside plain `hf.generate` on the same weights",
+        "ratio": (
+            "time beside plain `hf.generate` on the same weights, of the median decode step and "
+            "of the whole generation"
+        ),
         "model": settings.model or "Qwen2, random weights",
         "hidden": task.model.d_model,
         "layers": task.model.n_layers,

@@ -142,9 +142,13 @@ def _refused(case: Case, reason: str) -> dict[str, Cell]:
     return {_label(case, column): Cell(status="failed", reason=reason) for column in COLUMNS}
 
 
+def _silent(way: Callable[[], Tensor]) -> None:
+    way()
+
+
 def _timed(case: Case, task: Task, settings: Settings) -> dict[str, Cell]:
     laps = rounds.interleave(
-        {"paper": task.paper, "ours": task.ours},
+        {"paper": lambda: _silent(task.paper), "ours": lambda: _silent(task.ours)},
         rounds=settings.rounds,
         seed=settings.seed,
         what=str(case),

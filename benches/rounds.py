@@ -16,16 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benches.record import Cell
 
-Job = Callable[[], object]
-Clock = Literal["wall", "cpu"]
+# Returns the seconds of its own median step, or None if it has no steps.
+Job = Callable[[], float | None]
+Clock = Literal["wall", "cpu", "step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lap:
-    """Seconds one job took: on the clock, and of processor time."""
+    """Seconds one job took: on the clock, of processor time, and in its median step."""
 
     wall: float
     cpu: float
+    step: float | None = None
 
 
 def bars() -> Progress:
@@ -70,9 +72,9 @@ def interleave(
 def _lap(job: Job, finish: Callable[[], None]) -> Lap:
     finish()
     wall, cpu = perf_counter(), process_time()
-    job()
+    step = job()
     finish()
-    return Lap(wall=perf_counter() - wall, cpu=process_time() - cpu)
+    return Lap(wall=perf_counter() - wall, cpu=process_time() - cpu, step=step)
 
 
 def paired(

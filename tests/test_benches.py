@@ -150,7 +150,7 @@ class TestRounds:
 
     def test_every_job_runs_once_a_round_in_an_order_drawn_anew(self) -> None:
         ran: list[str] = []
-        jobs = {name: (lambda name=name: ran.append(name)) for name in "abcd"}
+        jobs: dict[str, rounds.Job] = {n: (lambda n=n: ran.append(n)) for n in "abcd"}
         laps = rounds.interleave(jobs, rounds=8)
         assert {name: len(one) for name, one in laps.items()} == dict.fromkeys("abcd", 8)
         orders = ["".join(ran[at : at + 4]) for at in range(4, len(ran), 4)]
@@ -164,7 +164,21 @@ class TestRounds:
             {"job": lambda: calls.append("job")}, rounds=2, finish=lambda: calls.append("finish")
         )
         assert calls == ["job"] + ["finish", "job", "finish"] * 2
-        assert all(lap.wall > 0 and lap.cpu > 0 for lap in laps["job"])
+        assert all(lap.wall > 0 and lap.cpu > 0 and lap.step is None for lap in laps["job"])
+
+    def test_a_job_may_time_its_own_steps(self) -> None:
+        laps = rounds.interleave({"slow": lambda: 3.0, "fast": lambda: 2.0}, rounds=2)
+        assert rounds.paired(laps["slow"], laps["fast"], clock="step").p50 == 1.5
+
+    def test_the_median_step_leaves_the_prompt_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter((40.0, 41.0, 43.0, 63.0, 65.0))
+        monkeypatch.setattr(overhead, "process_time", lambda: next(clock))
+
+        def arm(logits_processor: Callable[..., torch.Tensor]) -> None:
+            for scores in torch.eye(5):
+                assert torch.equal(logits_processor(None, scores), scores)
+
+        assert overhead.stepping(arm, on_gpu=False)() == 2.0
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +264,15 @@ def shifted(reply: Reply, by: float) -> Reply:
 
 
 class TestOverhead:
-    def test_measures_every_arm_on_both_clocks(self) -> None:
+    def test_measures_every_arm_in_three_ways(self) -> None:
         made = overhead.measure(SETTINGS, command="python -m benches.run overhead --quick")
         assert made.correct
-        assert len(made.cells) == len(SETTINGS.batches) * len(ARMS) * 2
+        assert len(made.cells) == len(SETTINGS.batches) * len(ARMS) * 3
         assert {cell.status for cell in made.cells.values()} == {"measured"}
         assert {cell.n for cell in made.cells.values()} == {SETTINGS.rounds}
         wanted = {label: cell.target for label, cell in made.cells.items() if cell.target}
         assert {label.split("/")[0] for label in wanted} == {"batch 1"}
-        assert sorted(wanted.values()) == [1.01, 1.01, 1.02, 1.02, 1.05, 1.05]
+        assert sorted(wanted.values()) == [1.01] * 3 + [1.02] * 3 + [1.05] * 3
         assert set(overhead.ROWS) == ARMS
 
     def test_reports_no_speed_after_a_failed_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
