@@ -11,8 +11,6 @@ from itertools import product
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -375,4 +373,8 @@ def _vector(
 
 
 def _shown(steps: Sequence[int], what: str) -> Iterable[int]:
+    # Imported here, because rich draws random numbers when it is imported.
+    from rich.console import Console
+    from rich.progress import track
+
     return track(steps, description=what, console=Console(stderr=True))

@@ -1,0 +1,47 @@
+"""The names users build on."""
+
+import inspect
+
+import pvcore as pv
+
+PUBLIC = {
+    "Ablate",
+    "Activations",
+    "Add",
+    "Alarm",
+    "Cap",
+    "Extraction",
+    "HookedModel",
+    "Judge",
+    "JudgeFailure",
+    "Moments",
+    "PersonaVector",
+    "Plan",
+    "Provenance",
+    "PvcoreError",
+    "Seen",
+    "Site",
+    "Step",
+    "Trait",
+    "TraitScores",
+    "VectorBank",
+    "extract",
+    "resid_mid",
+    "resid_post",
+    "resid_pre",
+}
+
+
+def test_public_names_are_pinned():
+    visible = {name for name, value in vars(pv).items() if not name.startswith("_")}
+    assert {name for name in visible if not inspect.ismodule(getattr(pv, name))} == PUBLIC
+
+
+def test_no_name_is_both_a_function_and_a_module():
+    modules = {name for name, value in vars(pv).items() if inspect.ismodule(value)}
+    assert not modules & PUBLIC
+    assert "extraction" in modules
+
+
+def test_every_public_name_is_documented():
+    assert all(inspect.getdoc(getattr(pv, name)) for name in PUBLIC)
