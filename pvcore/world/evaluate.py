@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pvcore.extraction import extract
+from pvcore.extraction import Extraction, extract
 from pvcore.interventions import Add
 from pvcore.model import HookedModel
 from pvcore.vectors import PersonaVector
@@ -26,13 +26,22 @@ _MAX_NEW_TOKENS = 64
 _END = 2
 _N_PLAIN, _N_PROMPTED, _N_STEERED, _N_EXTRACTED, _N_QUIZ = 300, 60, 50, 20, 150
 _COHERENCE_FLOOR = 70.0
+_REPLIES: dict[str, Any] = {
+    "temperature": 1.0,
+    "max_new_tokens": _MAX_NEW_TOKENS,
+    "plain": _N_PLAIN,
+    "per prompt level": _N_PROMPTED,
+    "per steering cell": _N_STEERED,
+}
 
 Figures = dict[str, Any]
 Reply = tuple[str, bool]
 
 
-def evaluate(folder: Path, note: Callable[[str], None] = lambda text: None) -> Figures:
-    """Every figure of one trained model; `note` hears what is measured next."""
+def evaluate(
+    folder: Path, steer_traits: Sequence[str], note: Callable[[str], None] = lambda text: None
+) -> Figures:
+    """The figures of one trained model; `note` hears what is measured next."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -52,6 +61,7 @@ def evaluate(folder: Path, note: Callable[[str], None] = lambda text: None) -> F
     for trait in TRAITS:
         note(f"{trait}: prompts")
         figures["prompted"][trait] = prompted(model, trait)
+    for trait in steer_traits:
         note(f"{trait}: steering")
         figures["steered"][trait] = steered(model, trait)
     return figures
@@ -89,15 +99,7 @@ def steered(model: HookedModel, trait: str) -> Figures:
 
     One vector is added at one layer and at every position, without a system prompt.
     """
-    examined = world_trait(trait)
-    found = extract(
-        model,
-        examined.trait,
-        judge=WorldJudge(),
-        system_prompts=examined.system_prompts,
-        questions=[question.text for question in questions("train", _N_EXTRACTED, seed=0)],
-        batch_size=200,
-    )
+    found = vector_of(model, trait, _N_EXTRACTED)
     vector = found.vector
     figures: Figures = {
         "kept": found.kept,
@@ -113,17 +115,36 @@ def steered(model: HookedModel, trait: str) -> Figures:
     return figures
 
 
-def curve(model: HookedModel, trait: str, vector: PersonaVector, layer: int) -> Figures:
+def vector_of(model: HookedModel, trait: str, n_questions: int) -> Extraction:
+    """The persona vector of a trait, from its five pairs of prompts and training questions."""
+    examined = world_trait(trait)
+    return extract(
+        model,
+        examined.trait,
+        judge=WorldJudge(),
+        system_prompts=examined.system_prompts,
+        questions=[question.text for question in questions("train", n_questions, seed=0)],
+        batch_size=200,
+    )
+
+
+def curve(
+    model: HookedModel,
+    trait: str,
+    vector: PersonaVector,
+    layer: int,
+    coefficients: Sequence[float] = COEFFICIENTS,
+) -> Figures:
     """Trait score and coherence by coefficient at one layer, all coefficients in one batch."""
     asked = questions("held_out", _N_STEERED, seed=3)
-    rows = [question for _ in COEFFICIENTS for question in asked]
-    coeff = [coefficient for coefficient in COEFFICIENTS for _ in asked]
+    rows = [question for _ in coefficients for question in asked]
+    coeff = [coefficient for coefficient in coefficients for _ in asked]
     with model.steer(Add(vector, coeff=coeff, layers=[layer], span="all")):
         replies = sample(model, rows, [None] * len(rows), f"{trait} {layer}")
     pairs = list(zip(rows, replies, strict=True))
     return {
         str(coefficient): _cell(trait, pairs[at * len(asked) : (at + 1) * len(asked)])
-        for at, coefficient in enumerate(COEFFICIENTS)
+        for at, coefficient in enumerate(coefficients)
     }
 
 
@@ -172,7 +193,10 @@ def summary(models: Sequence[Figures]) -> Figures:
         for level in ("0.0", "1.0"):
             cells = [figures["prompted"][trait][level]["trait"] for figures in models]
             rows[f"{trait} prompted at {level}"] = cells
-        best = [strongest(figures["steered"][trait]["layers"]) for figures in models]
+        steered_models = [
+            figures["steered"][trait] for figures in models if trait in figures["steered"]
+        ]
+        best = [strongest(curves["layers"]) for curves in steered_models]
         rows[f"{trait} steered, coherence {_COHERENCE_FLOOR:g} or more"] = best
     return {name: _spread(values) for name, values in rows.items()}
 
@@ -185,6 +209,7 @@ def strongest(layers: Figures) -> float:
 
 def _spread(values: Sequence[float]) -> Figures:
     return {
+        "models": len(values),
         "mean": round(statistics.mean(values), 3),
         "lowest": min(values),
         "highest": max(values),
@@ -206,6 +231,31 @@ def _coherence(pairs: Sequence[tuple[Question, Reply]]) -> float:
     return round(statistics.mean(scores), 2)
 
 
+def report(folders: Sequence[Path], out: Path, note: Callable[[str], None]) -> None:
+    """Evaluate the models and write the report after each.
+
+    The first, which is the shipped one, is steered along all traits, the others along three.
+    A model that `out` already holds, measured in the same way, is not measured again.
+    """
+    done = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    known = {figures["weights_sha256"]: figures for figures in done.get("models", [])}
+    if done.get("replies") != _REPLIES:
+        known = {}
+    models: list[Figures] = []
+    for place, folder in enumerate(folders):
+        steer_traits = TRAITS if place == 0 else TRAITS[:3]
+        weights = json.loads((folder / "manifest.json").read_text("utf-8"))["sha256"]
+        figures = known.get(weights["model.safetensors"]) or evaluate(folder, steer_traits, note)
+        models.append(figures)
+        content = {
+            "command": "python -m pvcore.world.evaluate DIR [DIR ...] --out REPORT.json",
+            "replies": _REPLIES,
+            "summary": summary(models),
+            "models": models,
+        }
+        out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
 def main() -> None:
     """Command line; the first folder is the model that is shipped."""
     from rich.progress import Progress, TimeElapsedColumn
@@ -216,29 +266,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    models = []
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        n_stages = 1 + 2 * len(TRAITS)
-        task = progress.add_task("evaluate", total=n_stages * len(options.folders))
-        for folder in options.folders:
-
-            def note(text: str, name: str = folder.name) -> None:
-                progress.update(task, advance=1, description=f"{name}: {text}")
-
-            models.append(evaluate(folder, note))
-    report = {
-        "command": "python -m pvcore.world.evaluate DIR [DIR ...] --out REPORT.json",
-        "replies": {
-            "temperature": 1.0,
-            "max_new_tokens": _MAX_NEW_TOKENS,
-            "plain": _N_PLAIN,
-            "per prompt level": _N_PROMPTED,
-            "per steering cell": _N_STEERED,
-        },
-        "summary": summary(models),
-        "models": models,
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        n_stages = (1 + len(TRAITS) + 3) * len(options.folders) + 4
+        task = progress.add_task("evaluate", total=n_stages)
+        report(
+            options.folders,
+            options.out,
+            lambda text: progress.update(task, advance=1, description=text),
+        )
 
 
 if __name__ == "__main__":
