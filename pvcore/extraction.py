@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -124,31 +125,19 @@ def extract(
     the same of kept negative ones. Raises `ExtractionError` when fewer than two pairs are kept.
     """
     sites = as_sites(map(resid_post, range(model.n_layers)) if layers is None else layers)
-    chats = _asked(
-        trait.system_prompts if system_prompts is None else system_prompts,
-        trait.extraction_questions if questions is None else questions,
-        rollouts,
-    )
-    replies = sample_replies(
-        model,
-        chats,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
+    prompts = trait.system_prompts if system_prompts is None else system_prompts
+    asked = trait.extraction_questions if questions is None else questions
+    chats = _asked(prompts, asked, rollouts)
+    how: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "progress": progress,
+    }
+    replies = sample_replies(model, chats, batch_size=batch_size, seed=seed, **how)
     rows = _filtered(_judged(model, trait, judge, chats, replies, progress), threshold)
     halves = _halves(model, sites, _kept(rows, trait), batch_size)
-    provenance = Provenance(
-        thresholds={"trait": threshold, "coherence": threshold},
-        judge=type(judge).__qualname__,
-        kept=sum(not row.dropped for row in rows),
-        dropped=sum(bool(row.dropped) for row in rows),
-        prompt_hash=sha256(json.dumps(chats).encode()).hexdigest(),
-        seeds=(seed,),
-        note=f"rollouts {rollouts}, at most {max_new_tokens} tokens, temperature {temperature:g}",
-    )
+    note = f"rollouts {rollouts}, at most {max_new_tokens} tokens, temperature {temperature:g}"
+    provenance = _provenance(rows, judge, chats, threshold, seed, note)
     return Extraction(vector=_vector(model, trait, sites, halves, provenance), rollouts=rows)
 
 
@@ -346,6 +335,25 @@ def _halves(
             rows = [at for at, chat in enumerate(chosen) if half_of[chat] == half]
             halves[half] = halves[half].add(part.values[:, rows].transpose(0, 1))
     return halves
+
+
+def _provenance(
+    rows: Sequence[Rollout],
+    judge: Judge,
+    chats: Sequence[Conversation],
+    threshold: float,
+    seed: int,
+    note: str,
+) -> Provenance:
+    return Provenance(
+        thresholds={"trait": threshold, "coherence": threshold},
+        judge=type(judge).__qualname__,
+        kept=sum(not row.dropped for row in rows),
+        dropped=sum(bool(row.dropped) for row in rows),
+        prompt_hash=sha256(json.dumps(chats).encode()).hexdigest(),
+        seeds=(seed,),
+        note=note,
+    )
 
 
 def _vector(

@@ -1,0 +1,373 @@
+"""The command line: demo, extract, steer and monitor, thin over the functions of the library.
+
+Heavy modules are imported by the commands that need them, so that help comes at once.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer import Argument, Option
+
+from pvcore.errors import JudgeFailure, ModelError, PvcoreError
+from pvcore.numerals import number
+
+if TYPE_CHECKING:
+    from pvcore.extraction import Extraction
+    from pvcore.model import HookedModel
+    from pvcore.monitor import Seen
+    from pvcore.vectors import PersonaVector
+    from pvcore.world.demo_record import DemoRecord, Workload
+    from pvcore.world.demo_subject import Subject
+
+app = typer.Typer(
+    help="Read, watch and steer the residual stream of language models along persona vectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+WORLD = "world"
+INTERRUPTED = 130
+T = TypeVar("T")
+
+Model = Annotated[
+    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
+]
+OwnModel = Annotated[str, Option(help="Name or folder of a chat model of one's own.")]
+Prompts = Annotated[list[str], Argument(help="User messages, each a chat of its own.")]
+TraitName = Annotated[str, Argument(help="A trait shipped with pvcore, or a .json file.")]
+Traits = Annotated[str | None, Option(help="Names or .json files, with commas; default: all.")]
+JudgeSpec = Annotated[
+    str | None, Option(help="package.module:name or path/to/file.py:name; the world has its own.")
+]
+VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
+Coeff = Annotated[float, Option(help="Multiplier of the raw vectors.")]
+Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
+DemoLayers = Annotated[str | None, Option(help="Layers to steer at; claims are on the last.")]
+Doses = Annotated[str | None, Option(help="Coefficients, 0 first, as in 0,1,2.")]
+System = Annotated[str | None, Option(help="System prompt.")]
+Length = Annotated[int, Option(help="Longest reply, in tokens.")]
+Batch = Annotated[int, Option(help="Chats that run together.")]
+Rollouts = Annotated[int, Option(help="Replies to each question under each prompt.")]
+Threshold = Annotated[float, Option(help="Score that parts kept from dropped.")]
+Temperature = Annotated[float, Option(help="Of sampling; 0 is greedy.")]
+Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
+Count = Annotated[int | None, Option(help="Default: a size that suits the model.")]
+Questions = Annotated[int | None, Option(help="Use only the first so many questions.")]
+Dtype = Annotated[str, Option(help="Number format to load the model in.")]
+Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
+Report = Annotated[Path, Option(help="The report to write.")]
+Record = Annotated[Path | None, Option(help="Write the figures there too, as JSON.")]
+VectorOut = Annotated[Path, Option(help="The vector file to write, .safetensors.")]
+Strict = Annotated[bool, Option("--strict", help="Enforce the world's claims on any model.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.command()
+def demo(
+    model: OwnModel = WORLD,
+    judge: JudgeSpec = None,
+    traits: Traits = None,
+    out: Report = Path("pvcore-demo.html"),
+    record: Record = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+    layers: DemoLayers = None,
+    coefficients: Doses = None,
+    extraction_questions: Count = None,
+    rollouts: Count = None,
+    steering_questions: Count = None,
+    monitoring_questions: Count = None,
+    max_new_tokens: Count = None,
+    batch_size: Count = None,
+    rounds: Count = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Extract vectors, steer by dose, monitor, time it all, and write a report.
+
+    Without --model it runs the model shipped with pvcore and needs no network. Exit status 1: a
+    claim of the report failed.
+    """
+    options = dict(locals())  # most are sizes of the workload, by the names of its fields
+    _require_places(out, record)
+    subject = _subject(model, judge, _split(traits, str), dtype, device)
+    measured = _measured(subject, _workload(subject, options), strict)
+    _publish(measured, out, record, as_json)
+    if measured.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    model: Model,
+    trait: TraitName,
+    out: VectorOut,
+    judge: JudgeSpec = None,
+    layers: Layers = None,
+    questions: Questions = None,
+    rollouts: Rollouts = 1,
+    threshold: Threshold = 50.0,
+    max_new_tokens: Length = 64,
+    batch_size: Batch = 64,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Extract the vector of a trait from contrasting system prompts, and save it."""
+    from pvcore.extraction import extract as extract_vector
+
+    _require_places(out)
+    subject = _subject(model, judge, (trait,), dtype, device)
+    examined = subject.traits[0]
+    result = extract_vector(
+        subject.model,
+        examined.trait,
+        judge=subject.judge,
+        layers=_split(layers, int),
+        questions=examined.trait.extraction_questions[:questions],
+        rollouts=rollouts,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        progress=True,
+    )
+    result.vector.save(out)
+    _print({"file": str(out), **_extracted(result)}, as_json)
+
+
+@app.command()
+def steer(
+    model: Model,
+    prompts: Prompts,
+    vector: VectorFiles,
+    coeff: Coeff,
+    layers: Layers = None,
+    system: System = None,
+    max_new_tokens: Length = 200,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reply with vectors added to the residual stream. Name few layers: by default it is all."""
+    from pvcore.interventions import Add
+
+    add = Add(_vectors(vector), coeff=coeff, layers=_split(layers, int))
+    hooked = _model(model, dtype, device)
+    with hooked.steer(add):
+        replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
+    rows = [
+        {"prompt": prompt, "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    _print({"replies": rows}, as_json)
+
+
+@app.command()
+def monitor(
+    model: Model,
+    prompts: Prompts,
+    vector: VectorFiles,
+    layers: Layers = None,
+    system: System = None,
+    max_new_tokens: Length = 200,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reply, and report the projection on each vector before the reply and its mean over it."""
+    from pvcore.vectors import VectorBank
+
+    bank = VectorBank(_vectors(vector), layers=_split(layers, int))
+    hooked = _model(model, dtype, device)
+    with hooked.monitor(bank) as seen:
+        replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
+    rows = [
+        {"prompt": prompt, "reply": reply, "projections": _projections(seen, chat)}
+        for chat, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+    ]
+    _print({"replies": rows}, as_json)
+
+
+def _extracted(result: "Extraction") -> dict[str, Any]:
+    return {
+        "trait": result.vector.trait,
+        "kept": result.kept,
+        "dropped": result.dropped,
+        "reasons": dict(result.reasons),
+        "layers": [asdict(layer) | {"site": str(layer.site)} for layer in result.layers],
+    }
+
+
+def _projections(seen: "Seen", chat: int) -> dict[str, Any]:
+    return {
+        f"{trait} {site}": {
+            "last_prompt_token": seen[trait].last_prompt_token[place, chat].item(),
+            "reply_mean": seen[trait].steps[:, place, chat].nanmean().item(),
+        }
+        for trait in seen.traits
+        for place, site in enumerate(seen.sites)
+    }
+
+
+def _replies(
+    model: "HookedModel",
+    prompts: Sequence[str],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    from pvcore.extraction import sample_replies
+
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return sample_replies(
+        model,
+        [[*first, {"role": "user", "content": prompt}] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=len(prompts),
+        seed=seed,
+    )
+
+
+def _model(name: str, dtype: str, device: str | None) -> "HookedModel":
+    import torch
+    from transformers.utils import logging
+
+    from pvcore.model import HookedModel
+
+    logging.disable_progress_bar()
+    if name == WORLD:
+        from pvcore.world.demo_subject import world_model
+
+        return world_model()
+    place = device or ("cuda" if torch.cuda.is_available() else None)
+    try:
+        return HookedModel.from_pretrained(name, dtype=dtype, device_map=place)
+    except PvcoreError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"got model {name!r}, which cannot be loaded ({error}); wanted a name on the hub or a "
+            "folder that transformers can load, a dtype such as bfloat16 and a device it can use"
+        ) from error
+
+
+def _subject(
+    model: str,
+    judge: str | None,
+    traits: tuple[str, ...] | None,
+    dtype: str,
+    device: str | None,
+) -> "Subject":
+    from pvcore.judge import load_judge
+    from pvcore.traits import Trait
+    from pvcore.world.demo_subject import own_subject, world_subject
+
+    if model == WORLD and judge is None:
+        return world_subject(traits)
+    if judge is None:
+        raise JudgeFailure(
+            f"got no judge for {model!r}; wanted one that scores its replies. "
+            "Give --judge package.module:name or --judge path/to/file.py:name"
+        )
+    scorer = load_judge(judge)
+    described = [Trait.load(name) for name in traits or Trait.names()]
+    return own_subject(_model(model, dtype, device), scorer, described)
+
+
+def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":
+    """The subject's workload with the sizes that were given as options of the same names."""
+    sizes = {field.name: options.get(field.name) for field in fields(subject.workload)}
+    sizes["layers"] = _split(sizes["layers"], int)
+    sizes["coefficients"] = _split(sizes["coefficients"], float)
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return replace(subject.workload, **given)
+
+
+def _measured(subject: "Subject", work: "Workload", strict: bool) -> "DemoRecord":
+    from pvcore.world.demo import run_demo
+    from pvcore.world.demo_claims import all_enforced
+
+    command = shlex.join(["pvcore", *sys.argv[1:]])
+    try:
+        record = run_demo(subject, work, command=command)
+    except KeyboardInterrupt:
+        typer.echo("pvcore: stopped; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    return all_enforced(record) if strict else record
+
+
+def _publish(measured: "DemoRecord", out: Path, record: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from pvcore import report
+    from pvcore.world.demo_record import write_record
+    from pvcore.world.demo_report import page
+    from pvcore.world.demo_summary import summary
+
+    report.write(page(measured), out)
+    if record is not None:
+        write_record(measured, record)
+    if as_json:
+        typer.echo(json.dumps(measured.as_json(), indent=2))
+    else:
+        console = Console()
+        console.print(summary(measured))
+        console.print(f"Report: {out}", highlight=False)
+
+
+def _require_places(*paths: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    for path in paths:
+        if path is None:
+            continue
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise PvcoreError(f"got {path} to write to; wanted a file in a folder you may write to")
+
+
+def _split(text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:
+    """The values of a list with commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise PvcoreError(f"got {text!r}; wanted numbers with commas, as in 15,19") from None
+
+
+def _vectors(paths: Sequence[Path]) -> "list[PersonaVector]":
+    from pvcore.vectors import PersonaVector
+
+    return [PersonaVector.load(path) for path in paths]
+
+
+def _print(document: dict[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
+
+
+def _lines(value: Any, indent: str = "") -> Iterator[str]:
+    """A document as indented lines of `name: value`."""
+    for name, entry in value.items():
+        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
+            yield f"{indent}{name}:"
+            for part in entry if isinstance(entry, list) else [entry]:
+                yield from _lines(part, indent + "  ")
+        else:
+            shown = number(entry) if isinstance(entry, float) else entry
+            yield f"{indent}{name}: {shown}"
