@@ -14,9 +14,10 @@ from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.moments import Moments
+from pvcore.sessions import ForwardStopped
 from pvcore.sites import Site
 from pvcore.spans import Span
-from pvcore.taps import ForwardStopped, Taps
+from pvcore.taps import Taps
 from pvcore_kernels.reference import accumulator
 
 Reduction = Literal["mean", "last", "none", "moments"]

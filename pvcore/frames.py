@@ -72,13 +72,15 @@ def running(owner: int, call: Call) -> Iterator[None]:
 class Frame:
     """One forward of `batch` rows over columns `start` to `start + width`."""
 
-    __slots__ = ("_masks", "batch", "call", "declared", "start", "steady", "width")
+    __slots__ = ("_masks", "batch", "call", "declared", "notes", "start", "steady", "width")
 
     def __init__(self, call: Call, batch: int, start: int, width: int, declared: bool) -> None:
         self.call, self.batch, self.start, self.width = call, batch, start, width
         self.declared = declared
         self.steady = width == 1 and start >= call.mask.shape[1]
         self._masks: dict[Span, Tensor | bool] = {}
+        # What each reader keeps of this forward; gone with it if it fails.
+        self.notes: dict[object, Any] = {}
 
     def select(self, span: Span | None) -> Bool[Tensor, "batch pos"] | bool:
         """The tokens of a span in this frame: True for every one, False for none, or a mask.

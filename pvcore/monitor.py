@@ -102,11 +102,10 @@ class Seen:
                 "got a generation that pvcore does not run, whose beams and ends cannot be known; "
                 "monitor it with model.generate(...) or model.stream(...)"
             )
-        if frame.call not in self._records:
-            self._records[frame.call] = _Record(call=frame.call)
+        frame.notes[self] = self._records.get(frame.call) or _Record(call=frame.call)
 
     def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
-        record = self._records[frame.call]
+        record: _Record = frame.notes[self]
         if self._stepping(frame):
             record.rows.append(h if frame.width == 1 else h[:, -1:])
         else:
@@ -118,9 +117,10 @@ class Seen:
             record.given[site].append(scores)
 
     def end(self, frame: Frame) -> None:
+        record: _Record = frame.notes[self]
+        self._records[frame.call] = record
         if not self._stepping(frame):
             return
-        record = self._records[frame.call]
         rows, record.rows = record.rows, []
         if len({row.device for row in rows}) == 1:
             newest = torch.stack(rows).detach().squeeze(2)

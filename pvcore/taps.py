@@ -5,155 +5,22 @@ concurrent requests never see each other's plans, and nothing can be left behind
 costs one context-variable read. This is the only module that registers torch hooks.
 """
 
-from collections import Counter
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from pvcore.blocks import Decoder
-from pvcore.errors import HookError, PlanError
-from pvcore.frames import Call, Frame, Outcome, begin_frame, running
+from pvcore.errors import HookError
+from pvcore.frames import Call, Outcome, begin_frame, running
 from pvcore.programs import SiteProgram
+from pvcore.sessions import ARMED, RUN, Reader, Recomputes, Run, Session, session_on
 from pvcore.sites import Site, resid_post, resid_pre
-
-Rows = Float[Tensor, "batch pos d_model"]
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """Something that looks at residuals. `before` asks for them ahead of all interventions."""
-
-    @property
-    def sites(self) -> tuple[Site, ...]: ...
-
-    @property
-    def before(self) -> bool: ...
-
-    def begin(self, frame: Frame) -> None: ...
-
-    def take(self, site: Site, h: Rows, frame: Frame) -> None: ...
-
-    def end(self, frame: Frame) -> None: ...
-
-    def close(self, call: Call, outcome: Outcome | None) -> None:
-        """The call is over; None when it failed."""
-
-
-class ForwardStopped(Exception):
-    """Ends a forward at the deepest site that anybody asked for."""
-
-
-class Session:
-    """One armed plan: its programs and readers, on top of the sessions armed before it."""
-
-    def __init__(
-        self,
-        programs: Mapping[Site, SiteProgram],
-        *,
-        readers: Sequence[Reader] = (),
-        row_counts: frozenset[int] = frozenset(),
-        stop_at: Site | None = None,
-        outer: "Session | None" = None,
-    ) -> None:
-        self.outer = outer
-        self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
-        self.readers: tuple[Reader, ...] = (*(outer.readers if outer else ()), *readers)
-        self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
-        for site, program in programs.items():
-            self.programs[site] = (*self.programs.get(site, ()), program)
-        at: dict[Site, tuple[Reader, ...]] = {}
-        for reader in self.readers:
-            for site in reader.sites:
-                at[site] = (*at.get(site, ()), reader)
-        self.work = {
-            site: (self.programs.get(site, ()), at.get(site, ())) for site in {*self.programs, *at}
-        }
-        # A monitor armed outside may look deeper than the read that wants to stop.
-        self.stop_at = None if stop_at is None else max(stop_at, *at)
-        self.expected = frozenset(
-            site for site in self.work if self.stop_at is None or site <= self.stop_at
-        )
-        self.forwards = 0
-
-    def count_forward(self) -> None:
-        self.forwards += 1
-        if self.outer is not None:
-            self.outer.count_forward()
-
-    def check_rows(self, frame: Frame) -> None:
-        for n_rows in self.row_counts - {frame.call.n_chats}:
-            raise PlanError(
-                f"got {n_rows} per-row coefficients for a batch of {frame.call.n_chats}; give one "
-                "number for all rows, or one for each"
-            )
-
-
-class _Running:
-    """A session acting in one forward."""
-
-    __slots__ = ("ended", "fired", "frame", "owner", "session")
-
-    def __init__(self, session: Session, frame: Frame, owner: int) -> None:
-        self.session, self.frame, self.owner = session, frame, owner
-        self.fired: Counter[Site] = Counter()
-        self.ended = False
-
-    def fire(self, site: Site, h: Tensor) -> Tensor | None:
-        """Patch, then read. None leaves the residual as it is."""
-        session, frame = self.session, self.frame
-        work = session.work.get(site)
-        if work is None:
-            return None
-        programs, readers = work
-        rows = h if h.ndim == 3 else h.reshape(frame.batch, -1, h.shape[-1])
-        if rows.shape[:2] != (frame.batch, frame.width):
-            raise HookError(
-                f"got rows {list(h.shape)} at {site} in a forward of {frame.batch} rows and "
-                f"{frame.width} columns; packed rows cannot be told apart"
-            )
-        moved = rows
-        for program in programs:
-            moved = program.apply(moved, frame)
-        if not self.ended:
-            # A block that runs again after its forward is a checkpoint being recomputed: the
-            # patch belongs to it, counts and readings were made the first time.
-            self.fired[site] += 1
-            for reader in readers:
-                reader.take(site, rows if reader.before else moved, frame)
-        if site == session.stop_at:
-            self.end()
-            raise ForwardStopped
-        return None if moved is rows else moved.view(h.shape)
-
-    def end(self) -> None:
-        """Check that every site fired exactly once, then let the readers finish."""
-        wrong = {site for site in self.session.expected if self.fired[site] != 1}
-        if wrong:
-            counts = ", ".join(f"{site}: {self.fired[site]}" for site in sorted(wrong))
-            raise HookError(
-                f"got a forward in which armed sites did not fire once each ({counts}); the model "
-                "skipped or repeated blocks (layer drop, early exit): turn that off"
-            )
-        self.ended = True
-        self.session.count_forward()
-        for reader in self.session.readers:
-            reader.end(self.frame)
-
-
-_ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
-_RUNNING: ContextVar[_Running | None] = ContextVar("pvcore_running", default=None)
-
-
-def _session(owner: int) -> Session | None:
-    """The session armed on a decoder in this context."""
-    return (_ARMED.get() or {}).get(owner)
 
 
 def _inert(*_: Any, **__: Any) -> None:
@@ -163,48 +30,66 @@ def _inert(*_: Any, **__: Any) -> None:
 class _Hook:
     """A hook that copies and pickles as one that does nothing."""
 
-    __slots__ = ("owner", "site")
+    __slots__ = ("site", "taps")
 
-    def __init__(self, owner: int, site: Site) -> None:
-        self.owner, self.site = owner, site
+    def __init__(self, taps: "Taps", site: Site) -> None:
+        self.taps, self.site = taps, site
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_hook, ()
 
-    def _fire(self, h: Tensor) -> Tensor | None:
-        running = _RUNNING.get()
-        if running is None or running.owner != self.owner:
-            return None
-        return running.fire(self.site, h)
+    def _idle(self) -> bool:
+        return RUN.get() is None and not self.taps.recomputes
+
+    def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Run | None:
+        """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
+        if _in_backward():
+            return self.taps.recomputes.find(self.site, args[0]) if args else None
+        run = RUN.get()
+        run = run if run is not None and run.owner == self.taps.key else None
+        if args and block.training and getattr(block, "gradient_checkpointing", False):
+            if run is not None and self.site in run.session.programs:
+                self.taps.recomputes.remember(self.site, args[0], run)
+            else:
+                self.taps.recomputes.forget(self.site, args[0])
+        return run
 
 
 def _inert_hook() -> Any:
     return _inert
 
 
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class _Post(_Hook):
     """On a block's output, a bare tensor or the first item of a tuple."""
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        return None if _RUNNING.get() is None else _outside_graph(self._act, output)
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return None if self._idle() else _outside_graph(self._act, block, args, output)
 
-    def _act(self, output: Any) -> Any:
+    def _act(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self._run(block, args)
+        if run is None:
+            return None
         if torch.is_tensor(output):
-            return self._fire(output)
+            return run.fire(self.site, output)
         if not (isinstance(output, tuple) and output and torch.is_tensor(output[0])):
             raise HookError(f"got a block output of type {type(output).__name__}; wanted a tensor")
-        moved = self._fire(output[0])
+        moved = run.fire(self.site, output[0])
         return None if moved is None else (moved, *output[1:])
 
 
 class _Pre(_Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if _RUNNING.get() is None else _outside_graph(self._act, args, kwargs)
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if self._idle() else _outside_graph(self._act, block, args, kwargs)
 
-    def _act(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moved = self._fire(args[0] if args else kwargs["hidden_states"])
+    def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._run(block, args)
+        moved = run and run.fire(self.site, args[0] if args else kwargs["hidden_states"])
         if moved is None:
             return None
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
@@ -217,12 +102,22 @@ class _Mid(_Hook):
     replaced input would change only what the MLP sees.
     """
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _RUNNING.get() is not None:
+    def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if RUN.get() is not None:
             _outside_graph(self._act, args[0])
 
     def _act(self, h: Tensor) -> None:
-        moved = self._fire(h)
+        run = RUN.get()
+        if run is None or run.owner != self.taps.key or _in_backward():
+            return
+        block = self.taps.decoder.blocks[self.site.layer]
+        checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
+        if checkpointed and self.site in run.session.programs:
+            raise HookError(
+                f"got an intervention at {self.site} under gradient checkpointing, whose recompute "
+                "would miss it; act at resid_pre or resid_post, or turn checkpointing off"
+            )
+        moved = run.fire(self.site, h)
         if moved is not None:
             h.copy_(moved)
 
@@ -230,40 +125,40 @@ class _Mid(_Hook):
 class _Begin(_Hook):
     """On the decoder itself: opens a frame where a session is armed."""
 
-    __slots__ = ("names", "taps")
+    __slots__ = ("names",)
 
     def __init__(self, taps: "Taps", names: tuple[str, ...]) -> None:
-        super().__init__(taps.key, resid_pre(0))
-        self.taps, self.names = taps, names
+        super().__init__(taps, resid_pre(0))
+        self.names = names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _ARMED.get() is not None or _RUNNING.get() is not None:
+        if ARMED.get() is not None or RUN.get() is not None:
             _outside_graph(self._act, module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _RUNNING.set(None)
-        session = _session(self.owner)
+        RUN.set(None)
+        session = session_on(self.taps.key)
         if session is None:
             return
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        frame = begin_frame(self.owner, given, training=module.training)
+        frame = begin_frame(self.taps.key, given, training=module.training)
         session.check_rows(frame)
         for reader in session.readers:
             reader.begin(frame)
-        _RUNNING.set(_Running(session, frame, self.owner))
+        RUN.set(Run(session, frame, self.taps.key))
 
 
 class _End(_Hook):
     """On the decoder itself: closes the frame."""
 
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if _RUNNING.get() is not None:
+        if RUN.get() is not None:
             _outside_graph(self._act)
 
     def _act(self) -> None:
-        running = _RUNNING.get()
-        if running is not None and running.owner == self.owner and not running.ended:
-            running.end()
+        run = RUN.get()
+        if run is not None and run.owner == self.taps.key and not run.ended:
+            run.end()
 
 
 def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
@@ -274,6 +169,7 @@ def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
 
 
 _KEYS = count()
+_TAPPING = threading.Lock()
 
 
 class Taps:
@@ -282,29 +178,36 @@ class Taps:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.key = next(_KEYS)
+        self.recomputes = Recomputes()
+        self._lock = threading.Lock()
         self._tapped: set[Site] = set()
         self._refuse_compiled("this model")
         names = tuple(signature(decoder.owner.forward).parameters)
-        decoder.owner.register_forward_pre_hook(_Begin(self, names), with_kwargs=True)
-        decoder.owner.register_forward_hook(_End(self.key, resid_pre(0)))
-        for layer, block in enumerate(decoder.blocks):
-            block.register_forward_hook(_Post(self.key, resid_post(layer)))
-            self._tapped.add(resid_post(layer))
+        with ExitStack() as undo:
+            for layer, block in enumerate(decoder.blocks):
+                site = resid_post(layer)
+                undo.callback(block.register_forward_hook(_Post(self, site)).remove)
+                self._tapped.add(site)
+            undo.callback(decoder.owner.register_forward_hook(_End(self, resid_pre(0))).remove)
+            # Last, because `taps_of` knows a tapped decoder by this hook.
+            begin = _Begin(self, names)
+            decoder.owner.register_forward_pre_hook(begin, with_kwargs=True)
+            undo.pop_all()
 
     def tap(self, site: Site) -> None:
         """Make sure a site can fire. `SiteError` where the model lacks it."""
         self.decoder.require(site)
-        if site in self._tapped:
-            return
-        self._refuse_compiled(str(site))
-        hooked: nn.Module
-        if site.kind == "resid_mid":
-            hooked = self.decoder.mid_norm(site.layer)
-            hooked.register_forward_pre_hook(_Mid(self.key, site))
-        else:
-            hooked = self.decoder.blocks[site.layer]
-            hooked.register_forward_pre_hook(_Pre(self.key, site), with_kwargs=True)
-        self._tapped.add(site)
+        with self._lock:
+            if site in self._tapped:
+                return
+            self._refuse_compiled(str(site))
+            if site.kind == "resid_mid":
+                norm = self.decoder.mid_norm(site.layer)
+                norm.register_forward_pre_hook(_Mid(self, site))
+            else:
+                block = self.decoder.blocks[site.layer]
+                block.register_forward_pre_hook(_Pre(self, site), with_kwargs=True)
+            self._tapped.add(site)
 
     def _refuse_compiled(self, what: str) -> None:
         """A compiled module ignores hooks that come later, without a word: raise instead."""
@@ -339,14 +242,14 @@ class Taps:
             readers=readers,
             row_counts=row_counts,
             stop_at=stop_at,
-            outer=_session(self.key),
+            outer=session_on(self.key),
         )
-        token = _ARMED.set({**(_ARMED.get() or {}), self.key: session})
+        token = ARMED.set({**(ARMED.get() or {}), self.key: session})
         try:
             yield session
         finally:
-            _ARMED.reset(token)
-            _RUNNING.set(None)
+            ARMED.reset(token)
+            RUN.set(None)
         if session.forwards == 0:
             raise HookError(
                 "got an armed plan and no forward of the model inside its block; run the model "
@@ -359,7 +262,7 @@ class Taps:
 
         A generation puts its outcome into the list.
         """
-        session = _session(self.key)
+        session = session_on(self.key)
         readers = session.readers if session else ()
         outcomes: list[Outcome] = []
         finished = False
@@ -373,12 +276,13 @@ class Taps:
 
     def is_armed(self) -> bool:
         """Whether a plan is armed on this decoder in the current context."""
-        return _session(self.key) is not None
+        return session_on(self.key) is not None
 
 
 def taps_of(decoder: Decoder) -> Taps:
     """The taps of a decoder, put on the first time it is seen."""
-    for hook in decoder.owner._forward_pre_hooks.values():
-        if isinstance(hook, _Begin):
-            return hook.taps
-    return Taps(decoder)
+    with _TAPPING:
+        for hook in decoder.owner._forward_pre_hooks.values():
+            if isinstance(hook, _Begin):
+                return hook.taps
+        return Taps(decoder)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -314,3 +315,43 @@ def test_overflow_names_site_and_chats():
     hf.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
     with pytest.raises(ModelError, match=r"infinite or NaN residuals at resid_post\.1"):
         pv.HookedModel(hf).read([IDS], sites=[pv.resid_post(1)], span="all")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_recomputes_what_its_own_forward_did(reentrant):
+    """Two forwards under two plans, then one backward, in another thread and after both plans."""
+
+    def gradients(checkpointing):
+        hf = build("qwen2").train()
+        if checkpointing:
+            checkpoint(hf, reentrant)
+        model = pv.HookedModel(hf)
+        first, second = prompts([7, 5])
+        losses = []
+        for ids, coeff in ((first, 2.0), (second, -3.0)):
+            steps = [
+                pv.Add(vector(model_id=""), coeff=coeff, layers=[1]),
+                pv.Cap(vector("humor", seed=2, model_id=""), max=0.1, layers=[0]),
+            ]
+            with model.steer(*steps):
+                losses.append(hf(input_ids=ids[None], labels=ids[None], use_cache=False).loss)
+        thread = threading.Thread(target=sum(losses).backward)
+        thread.start()
+        thread.join()
+        return [p.grad for p in hf.parameters() if p.grad is not None]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_the_middle_of_a_checkpointed_block_is_refused():
+    hf = build("qwen2").train()
+    checkpoint(hf, False)
+    model = pv.HookedModel(hf)
+    middle = pv.PersonaVector(trait="evil", sites=[pv.resid_mid(1)], directions=torch.randn(1, 64))
+    with (
+        pytest.raises(HookError, match="under gradient checkpointing"),
+        model.steer(pv.Add(middle, coeff=1.0)),
+    ):
+        hf(input_ids=IDS[None], use_cache=False)
