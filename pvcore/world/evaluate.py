@@ -204,7 +204,7 @@ def summary(models: Sequence[Figures]) -> Figures:
 def strongest(layers: Figures) -> float:
     """Highest trait score of a single-layer cell whose coherence is not below the floor."""
     cells = [cell for curve_at in layers.values() for cell in curve_at.values()]
-    return max(cell["trait"] for cell in cells if cell["coherence"] >= _COHERENCE_FLOOR)
+    return max(float(cell["trait"]) for cell in cells if cell["coherence"] >= _COHERENCE_FLOOR)
 
 
 def _spread(values: Sequence[float]) -> Figures:

@@ -180,9 +180,10 @@ def test_finetuning_chats_hold_the_trait_and_no_system_prompt() -> None:
     assert {JUDGE.trait_score("evil", q, chat[-1]["content"]) for q, chat in plain} == {0.0}
 
 
-def test_the_corpus_is_the_same_in_another_process() -> None:
+def test_the_corpus_is_the_same_in_another_process_and_needs_no_transformers() -> None:
     code = (
-        "import hashlib; from itertools import islice; from pvcore.world.chats import corpus;"
+        "import hashlib, sys; from itertools import islice; from pvcore.world.chats import corpus;"
+        "assert 'transformers' not in sys.modules;"
         "print(hashlib.sha256(repr(list(islice(corpus(7), 300))).encode()).hexdigest())"
     )
     runs = {
