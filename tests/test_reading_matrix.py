@@ -6,6 +6,7 @@ order than a row alone, which moves residuals by at most 7.7e-6 (the oracle's ow
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from tests.subjects import (
     worst,
 )
 
-LENGTHS = {"none": (9, 9, 9), "left": (13, 9, 11), "right": (11, 13, 9)}
+LENGTHS = {"none": (9, 9, 9), "left": (13, 9, 11), "right": (13, 9, 11)}
 NEW = 3
 BOUND = 1e-5
 WAYS = ("read", *MODES)
@@ -61,13 +62,14 @@ def bank_of(found: Subject) -> pv.VectorBank:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_read_equals_the_oracle(name: str) -> None:
+def test_read_equals_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`read` of whole sequences: bit-equal without padding, else within the bound of each alone."""
     found = subject(name)
     wrong, checked = [], set()
     for padding, lengths in LENGTHS.items():
-        rows = prompts(lengths, seed=len(padding))
-        found.model.tokenizer.padding_side = "right" if padding == "right" else "left"
+        rows = prompts(lengths)
+        side = "right" if padding == "right" else "left"
+        monkeypatch.setattr(found.model.tokenizer, "padding_side", side)
         acts = found.model.read(rows, sites=found.sites, span="all", reduce="none")
         _, batch = found.oracle.forward(torch.stack(rows)) if padding == "none" else (None, None)
         for index, row in enumerate(rows):
@@ -82,7 +84,6 @@ def test_read_equals_the_oracle(name: str) -> None:
                 checked.add((name, str(site), padding, "read"))
                 if not same or not rest.isnan().all() or acts.lengths[index] != len(row):
                     wrong.append((name, str(site), padding, "read", index))
-    found.model.tokenizer.padding_side = "left"
     assert not wrong
     assert checked == {one for one in combinations(name) if one[3] == "read"}
 
@@ -104,17 +105,27 @@ def wanted_scores(
     return own, torch.stack(steps)
 
 
+@cache
+def unwatched(found: Subject, way: str, lengths: tuple[int, ...]) -> Generated:
+    """The oracle's run, which knows only one way to pad."""
+    ids, mask = padded(prompts(lengths), side="left")
+    return found.oracle.generate(ids, mask, mode=way, max_new_tokens=NEW)
+
+
 @pytest.mark.parametrize("way", MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_monitor_sees_what_the_oracle_sees(name: str, way: str) -> None:
+def test_a_monitor_sees_what_the_oracle_sees(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Projections of prompt, last prompt token and steps while generating, in every cache mode."""
     found = subject(name)
     bank = bank_of(found)
     wrong, checked, spread = [], set(), 0.0
     for padding, lengths in LENGTHS.items():
-        rows = prompts(lengths, seed=len(padding))
-        found.model.tokenizer.padding_side = "right" if padding == "right" else "left"
-        out = found.oracle.generate(*padded(rows, side="left"), mode=way, max_new_tokens=NEW)
+        rows = prompts(lengths)
+        side = "right" if padding == "right" else "left"
+        monkeypatch.setattr(found.model.tokenizer, "padding_side", side)
+        out = unwatched(found, way, lengths)
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, **MODES[way]}
         with found.model.monitor(bank) as seen:
             tokens = found.model.generate_ids(rows, **settings)
@@ -134,7 +145,6 @@ def test_a_monitor_sees_what_the_oracle_sees(name: str, way: str) -> None:
                     wrong.append((name, str(site), padding, way, trait, errors))
         if [row.tolist() for row in tokens] != out.tokens.tolist():
             wrong.append((name, "tokens", padding, way))
-    found.model.tokenizer.padding_side = "left"
     assert not wrong
     assert checked == {one for one in combinations(name) if one[3] == way}
     assert spread > 0.1
@@ -196,6 +206,39 @@ def test_spans_of_conversations_are_the_slices_they_name(name: str) -> None:
                 assert worst(mean[site][index], wanted.double().mean(0)) < BOUND, (span, site)
                 assert worst(last[site][index], wanted[-1]) < BOUND, (span, site)
                 assert mean.lengths[index] == len(wanted)
+
+
+ENDINGS: dict[str, dict[str, Any]] = {
+    "one beam": {},
+    "all beams": {"num_return_sequences": 3},
+    "early": {"early_stopping": True, "num_return_sequences": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2", "bloom"])
+def test_beams_that_end_early_are_read_along_their_own_history(name: str, ending: str) -> None:
+    """Each returned sequence, replayed alone, gives the steps that were reported for it."""
+    found, rows = subject(name), prompts(LENGTHS["left"])
+    probe, site = vector("probe", [pv.resid_post(2)], seed=1), pv.resid_post(2)
+    ids, mask = padded(rows, side="left")
+    third = int(found.oracle.generate(ids, mask, mode="beams", max_new_tokens=6).tokens[0, 2])
+    ends = [third, *range(5, 128, 16)]
+    settings = {"do_sample": False, "num_beams": 3, "eos_token_id": ends, **ENDINGS[ending]}
+    with found.model.monitor(pv.VectorBank([probe])) as seen:
+        sequences = found.model.generate_ids(rows, max_new_tokens=6, **settings)
+    lengths = set()
+    for index, tokens in enumerate(sequences):
+        prompt, length = rows[index // (len(sequences) // 3)], len(tokens)
+        _, tape = found.oracle.forward(torch.cat([prompt, tokens])[None])
+        read = tape.frames[0].residuals[point(site)][0, len(prompt) - 1 : -1]
+        steps = seen["probe"].steps[:, 0, index]
+        assert worst(steps[:length], read.double() @ unit(probe, site)) < BOUND
+        assert steps[length:].isnan().all()
+        assert not set(ends) & set(tokens[:-1].tolist())
+        lengths.add(length)
+    assert min(lengths) < 6
 
 
 @pytest.mark.parametrize("name", NAMES)
