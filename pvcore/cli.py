@@ -246,14 +246,12 @@ def _replies(
 
 def _model(name: str, dtype: str, device: str | None) -> "HookedModel":
     import torch
-    from transformers.utils import logging
 
     from pvcore.model import HookedModel
+    from pvcore.world.demo_subject import world_model
 
-    logging.disable_progress_bar()
+    _prepare(name)
     if name == WORLD:
-        from pvcore.world.demo_subject import world_model
-
         return world_model()
     place = device or ("cuda" if torch.cuda.is_available() else None)
     try:
@@ -279,6 +277,7 @@ def _subject(
     from pvcore.world.demo_subject import own_subject, world_subject
 
     if model == WORLD and judge is None:
+        _prepare(model)
         return world_subject(traits)
     if judge is None:
         raise JudgeFailure(
@@ -288,6 +287,17 @@ def _subject(
     scorer = load_judge(judge)
     described = [Trait.load(name) for name in traits or Trait.names()]
     return own_subject(_model(model, dtype, device), scorer, described)
+
+
+def _prepare(model: str) -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if model == WORLD:
+        # Matrices this small gain nothing from a second thread, and where cores are shared the
+        # threads' waiting for each other makes a run ten times as long.
+        torch.set_num_threads(1)
 
 
 def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":

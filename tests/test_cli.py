@@ -168,7 +168,7 @@ def test_a_demo_writes_its_report_and_its_record(
     status, out, _ = pvcore("demo", *places)
     assert status == 0
     assert "Persona vectors of pvcore/persona-world, layer 1" in out
-    assert "11 of 11 claims hold" in (tmp_path / "demo.html").read_text()
+    assert "12 of 12 claims hold" in (tmp_path / "demo.html").read_text()
     assert json.loads((tmp_path / "demo.json").read_text()) == sample().as_json()
     status, out, _ = pvcore("demo", *places, "--json")
     assert json.loads(out) == sample().as_json()

@@ -52,6 +52,7 @@ CLAIMS = {
     "steering_acts",
     "plain_coherence",
     "steering",
+    "usable_dose",
     "capping",
     "capped_coherence",
     "monitoring",
@@ -166,6 +167,7 @@ BROKEN = {
     "steering_acts": {"zero": ZeroFigures(rows=30, equal_at_zero=30, equal_at_strongest=4)},
     "plain_coherence": worse("doses", coherence=(69.0, 80.0, 40.0)),
     "steering": worse("doses", control_scores=(2.0, 1.0, 51.0)),
+    "usable_dose": worse("doses", coherence=(93.0, 49.0, 40.0)),
     "capping": worse("caps", capped_score=66.0),
     "capped_coherence": worse("caps", capped_coherence=59.0),
     "monitoring": worse("monitoring", overall=0.59),
@@ -192,17 +194,17 @@ def test_claims_about_traits_bind_in_the_world_only() -> None:
 
 def test_the_page_shows_every_figure_and_escapes_what_was_written() -> None:
     html = report.render(page(sample()))
-    for text in ("11 of 11 claims hold", "0123456789ab", "WorldJudge", "torch 2.13.0", "humor"):
+    for text in ("12 of 12 claims hold", "0123456789ab", "WorldJudge", "torch 2.13.0", "humor"):
         assert text in html
     assert " &lt;b&gt;" in html
     assert "<script" not in html
-    assert "10 of 11 claims hold" in report.render(page(sample(**BROKEN["zero"])))
+    assert "11 of 12 claims hold" in report.render(page(sample(**BROKEN["zero"])))
 
 
 def test_a_page_is_drawn_where_scores_are_missing() -> None:
     missing = (nan, nan, nan)
     unknown = worse("caps", capped_score=nan) | worse("doses", scores=missing, coherence=missing)
-    assert "8 of 11 claims hold" in report.render(page(sample(**unknown)))
+    assert "8 of 12 claims hold" in report.render(page(sample(**unknown)))
 
 
 def test_a_record_is_json_without_loss(tmp_path: Path) -> None:

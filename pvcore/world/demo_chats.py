@@ -7,14 +7,13 @@ from pvcore.extraction import Conversation
 from pvcore.interventions import Add, Intervention
 from pvcore.vectors import PersonaVector, VectorBank
 from pvcore.world.demo_caps import cap_at
-from pvcore.world.demo_measures import chat
+from pvcore.world.demo_measures import chat, judged
 from pvcore.world.demo_record import CapFigures, ChatFigures, DoseFigures, ReplyFigures, Workload
 from pvcore.world.demo_subject import Examined, Subject
 
 Vectors = Mapping[str, PersonaVector]
-# The persona world asks facts, unknown names, advice, opinions and problems in turn: each trait
-# gets a question that lets it show.
-_QUESTIONS = {"evil": 4, "sycophancy": 3, "hallucination": 0}
+_N_TRAITS = 3
+_N_QUESTIONS = 10  # the persona world asks five kinds of questions in turn
 
 
 def shown_chats(
@@ -24,25 +23,44 @@ def shown_chats(
     caps: tuple[CapFigures, ...],
     work: Workload,
 ) -> tuple[ChatFigures, ...]:
-    """Greedy replies of the first traits, plain and steered, and of the first under a cap."""
+    """Greedy replies of the first traits, plain and steered, and of the first under a cap.
+
+    Of ten questions the one is shown whose changed reply has most of what was wanted.
+    """
     by_trait = {dose.trait: dose for dose in doses if dose.layer == work.layer}
     chats = []
-    for examined in subject.traits[: len(_QUESTIONS)]:
-        name, question = examined.trait.name, _question(examined)
+    for examined in subject.traits[:_N_TRAITS]:
+        name = examined.trait.name
         dose = best_dose(by_trait[name])
         add = Add(vectors[name], coeff=dose, layers=[work.layer])
+        asked = _telling(subject, examined, add, "", 1, work)
         title = f"Steered: {dose:g} times {name} added at layer {work.layer}"
-        chats.append(_pair(subject, vectors, name, chat(question), ("Plain", add, title), work))
+        chats.append(_pair(subject, vectors, name, asked, ("Plain", add, title), work))
     first, cap = subject.traits[0], caps[0]
     held = cap_at(vectors[cap.trait], {int(layer): level for layer, level in cap.max.items()})
-    asked = chat(_question(first), first.graded[-1][1][0])
+    asked = _telling(subject, first, held, first.graded[-1][1][0], -1, work)
     titles = ("Asked for by the system prompt", held, "The same, capped at every layer")
     return (*chats, _pair(subject, vectors, cap.trait, asked, titles, work))
 
 
-def _question(examined: Examined) -> str:
-    questions = examined.trait.evaluation_questions
-    return questions[_QUESTIONS.get(examined.trait.name, 0) % len(questions)]
+def _telling(
+    subject: Subject,
+    examined: Examined,
+    intervention: Intervention,
+    system_prompt: str,
+    sign: int,
+    work: Workload,
+) -> Conversation:
+    """The chat whose changed reply is most coherent and has most (sign 1) or least of the trait."""
+    questions = examined.trait.evaluation_questions[:_N_QUESTIONS]
+    chats = [chat(question, system_prompt) for question in questions]
+    with subject.model.steer(intervention):
+        replies = subject.model.generate(chats, do_sample=False, max_new_tokens=work.max_new_tokens)
+    scores = [
+        (sign * (row.trait_score or 0.0) + (row.coherence_score or 0.0))
+        for row in judged(subject, examined, questions, replies)
+    ]
+    return chats[scores.index(max(scores))]
 
 
 def best_dose(dose: DoseFigures) -> float:

@@ -74,6 +74,16 @@ def _of_steering(record: DemoRecord) -> Iterator[Claim]:
         40.0,
     )
 
+    yield _at_least(
+        "usable_dose",
+        "Some dose shows the trait in coherent replies (the lower of the two scores)",
+        {
+            f"{one.trait}, layer {one.layer}": max(map(min, one.scores, one.coherence))
+            for one in record.doses
+        },
+        50.0,
+    )
+
 
 def _of_capping(record: DemoRecord) -> Iterator[Claim]:
     yield _at_least(

@@ -27,7 +27,7 @@ class Workload:
     extraction_questions: int = 20
     rollouts: int = 1
     steering_questions: int = 30
-    coefficients: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+    coefficients: tuple[float, ...] = (0.0, 1.0, 2.0, 2.5, 3.0, 3.5)
     layers: tuple[int, ...] = (1, 2)
     monitoring_layer: int = 3
     monitoring_questions: int = 6
@@ -214,7 +214,9 @@ class DemoRecord:
 def write_record(record: DemoRecord, path: str | Path) -> None:
     """Write the record as JSON, whole or not at all."""
     target = Path(path)
-    text = json.dumps(record.as_json(), indent=1, allow_nan=False)
+    # A line for every entry: a record can be compared with the one before it.
+    entries = (f"{json.dumps(key)}: {_lines(value)}" for key, value in record.as_json().items())
+    text = "{\n" + ",\n".join(entries) + "\n}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, f"{text}\n".encode())
@@ -223,6 +225,12 @@ def write_record(record: DemoRecord, path: str | Path) -> None:
             f"got {target}, which cannot be written ({problem.strerror}); wanted a file in a "
             "folder you may write to"
         ) from problem
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value, allow_nan=False)
+    return "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n]"
 
 
 def _plain(value: object) -> object:

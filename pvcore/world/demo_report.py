@@ -74,7 +74,8 @@ def _chats(record: DemoRecord) -> Section:
         text=(
             "Each token is coloured by the projection of the state that produced it on a trait's "
             f"unit vector, at layer {record.workload.layer}, after any intervention. Choose a "
-            "trait above a reply; the two replies of a pair share one scale."
+            "trait above a reply; the two replies of a pair share one scale. Of ten questions a "
+            "pair shows the one whose changed reply tells most."
         ),
         blocks=tuple(_pair(chat) for chat in record.chats),
     )
