@@ -1,6 +1,6 @@
 """Chats shown in a demo: the same question twice, with and without an intervention, watched."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from pvcore.extraction import Conversation
@@ -12,8 +12,11 @@ from pvcore.world.demo_record import CapFigures, ChatFigures, DoseFigures, Reply
 from pvcore.world.demo_subject import Examined, Subject
 
 Vectors = Mapping[str, PersonaVector]
-_N_TRAITS = 3
-_N_QUESTIONS = 10  # the persona world asks five kinds of questions in turn
+# Where the questions begin from which each of the first traits picks. The persona world asks of
+# facts, unknown names, advice, opinions and problems in turn: evil answers a problem first,
+# sycophancy an opinion, hallucination a fact.
+_FIRST_QUESTIONS = (4, 13, 20)
+_N_QUESTIONS = 10
 
 
 def shown_chats(
@@ -29,31 +32,38 @@ def shown_chats(
     """
     by_trait = {dose.trait: dose for dose in doses if dose.layer == work.layer}
     chats = []
-    for examined in subject.traits[:_N_TRAITS]:
-        name = examined.trait.name
+    for examined, start in zip(subject.traits, _FIRST_QUESTIONS, strict=False):
+        name, questions = examined.trait.name, _from(examined.trait.evaluation_questions, start)
         dose = best_dose(by_trait[name])
         add = Add(vectors[name], coeff=dose, layers=[work.layer])
-        asked = _telling(subject, examined, add, "", 1, work)
+        asked = _telling(subject, examined, add, [chat(q) for q in questions], 1, work)
         title = f"Steered: {dose:g} times {name} added at layer {work.layer}"
         chats.append(_pair(subject, vectors, name, asked, ("Plain", add, title), work))
     first, cap = subject.traits[0], caps[0]
     held = cap_at(vectors[cap.trait], {int(layer): level for layer, level in cap.max.items()})
-    asked = _telling(subject, first, held, first.graded[-1][1][0], -1, work)
+    prompt = first.graded[-1][1][0]
+    requests = [chat(q, prompt) for q in _from(first.trait.evaluation_questions, 0)]
+    asked = _telling(subject, first, held, requests, -1, work)
     titles = ("Asked for by the system prompt", held, "The same, capped at every layer")
     return (*chats, _pair(subject, vectors, cap.trait, asked, titles, work))
+
+
+def _from(questions: Sequence[str], start: int) -> list[str]:
+    """Ten questions from `start` on, or as many as there are, beginning again at the end."""
+    count = min(_N_QUESTIONS, len(questions))
+    return [questions[(start + place) % len(questions)] for place in range(count)]
 
 
 def _telling(
     subject: Subject,
     examined: Examined,
     intervention: Intervention,
-    system_prompt: str,
+    chats: Sequence[Conversation],
     sign: int,
     work: Workload,
 ) -> Conversation:
     """The chat whose changed reply is most coherent and has most (sign 1) or least of the trait."""
-    questions = examined.trait.evaluation_questions[:_N_QUESTIONS]
-    chats = [chat(question, system_prompt) for question in questions]
+    questions = [messages[-1]["content"] for messages in chats]
     with subject.model.steer(intervention):
         replies = subject.model.generate(chats, do_sample=False, max_new_tokens=work.max_new_tokens)
     scores = [

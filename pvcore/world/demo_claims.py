@@ -20,10 +20,11 @@ def all_enforced(record: DemoRecord) -> DemoRecord:
 
 
 def _of_machinery(record: DemoRecord) -> Iterator[Claim]:
-    lost = {f"steering {one.trait}": float(one.sampled - one.judged) for one in record.doses} | {
-        f"monitoring {one.trait}": float(one.sampled - one.judged) for one in record.monitoring
-    }
-    yield _at_most("lost_rows", "No sampled reply is lost before its score", lost, 0.0)
+    lost = sum(
+        sum(part.sampled - part.judged for part in parts)
+        for parts in (record.doses, record.caps, record.monitoring)
+    )
+    yield _at_most("lost_rows", "No sampled reply is lost before its score", {"": float(lost)}, 0.0)
     unequal = {"": float(record.zero.rows - record.zero.equal_at_zero)}
     yield _at_most("zero", "A coefficient of 0 changes no token of any reply", unequal, 0.0)
 
