@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests import demo_sample
 from tests.demo_sample import sample
 from tests.families import build, tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Workload(
     extraction_questions=2,
     steering_questions=6,
@@ -269,3 +271,18 @@ def test_traits_of_the_world_are_sent_as_they_are_and_asked_about_apart() -> Non
             name
         )
         assert set(evil.extraction_questions).isdisjoint(evil.evaluation_questions)
+
+
+def test_the_shipped_record_is_of_a_full_run_whose_claims_hold() -> None:
+    document = json.loads((ROOT / "benches/results/demo.json").read_text())
+    assert document["command"] == "pvcore demo --record benches/results/demo.json"
+    assert (
+        document["workload"]
+        == json.loads(json.dumps(sample(workload=Workload()).as_json()))["workload"]
+    )
+    assert [vector["trait"] for vector in document["vectors"]] == list(world.TRAITS)
+    assert {claim["name"]: claim["passed"] for claim in document["claims"]} == dict.fromkeys(
+        CLAIMS, True
+    )
+    assert re.fullmatch("[0-9a-f]{40}", document["commit"])
+    assert document["device"] == "cpu"
