@@ -18,7 +18,7 @@ HEAD = (
     "coefficient",
     "coherence",
     "r of monitor, overall",
-    "r, within a prompt",
+    "r, within a level",
 )
 
 

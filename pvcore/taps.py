@@ -92,6 +92,10 @@ class _Pre(_Hook):
         moved = run and run.fire(self.site, args[0] if args else kwargs["hidden_states"])
         if moved is None:
             return None
+        after = resid_post(self.site.layer)
+        if run is not None and _in_backward() and after in run.session.programs:
+            # A recomputed block that is patched at both ends meets its own patched input there.
+            self.taps.recomputes.remember(after, moved, run)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
 

@@ -18,6 +18,7 @@ Backward = Callable[[Subject, list[pv.Site]], list[Part]]
 PLANS = {
     "post": [pv.resid_post(1)],
     "pre": [pv.resid_pre(1)],
+    "both": [pv.resid_pre(1), pv.resid_post(1)],
 }
 
 
