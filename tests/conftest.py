@@ -26,6 +26,7 @@ settings.load_profile("pvcore")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)
     np.random.seed(0)  # noqa: NPY002 - libraries draw from the global generator
 
 
