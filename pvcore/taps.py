@@ -89,11 +89,13 @@ class _Pre(_Hook):
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run(block, args)
-        moved = run and run.fire(self.site, args[0] if args else kwargs["hidden_states"])
+        if run is None:
+            return None
+        moved = run.fire(self.site, args[0] if args else kwargs["hidden_states"])
         if moved is None:
             return None
         after = resid_post(self.site.layer)
-        if run is not None and _in_backward() and after in run.session.programs:
+        if _in_backward() and after in run.session.programs:
             # A recomputed block that is patched at both ends meets its own patched input there.
             self.taps.recomputes.remember(after, moved, run)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
