@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,6 +39,21 @@ class Reader(Protocol):
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         """The call is over; None when it failed."""
+
+
+@runtime_checkable
+class Scorer(Reader, Protocol):
+    """A reader that wants projections only, which a compiled decode step can make for it."""
+
+    @property
+    def n_vec(self) -> int: ...
+
+    def units(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "site n_vec d_model"]: ...
+
+    def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of the next decode steps of a call, on the CPU."""
 
 
 class ForwardStopped(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import count
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import Call, Outcome, begin_frame, running
 from pvcore.programs import SiteProgram
+from pvcore.resident import Resident, traces
 from pvcore.sessions import ARMED, RUN, Reader, Recomputes, Run, Session, session_on
 from pvcore.sites import Site, resid_post, resid_pre
+from pvcore.turns import Turn
 
 
 def _inert(*_: Any, **__: Any) -> None:
@@ -30,10 +32,10 @@ def _inert(*_: Any, **__: Any) -> None:
 class _Hook:
     """A hook that copies and pickles as one that does nothing."""
 
-    __slots__ = ("site", "taps")
+    __slots__ = ("name", "site", "taps")
 
     def __init__(self, taps: "Taps", site: Site) -> None:
-        self.taps, self.site = taps, site
+        self.taps, self.site, self.name = taps, site, str(site)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_hook, ()
@@ -66,8 +68,18 @@ def _in_backward() -> bool:
 class _Post(_Hook):
     """On a block's output, a bare tensor or the first item of a tuple."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+            return self._traced(output)
         return None if self._idle() else _outside_graph(self._act, block, args, output)
+
+    @no_type_check
+    def _traced(self, output):
+        if torch.is_tensor(output):
+            return self.taps.resident.fire(self.name, output)
+        moved = self.taps.resident.fire(self.name, output[0])
+        return None if moved is None else (moved, *output[1:])
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run(block, args)
@@ -84,8 +96,18 @@ class _Post(_Hook):
 class _Pre(_Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+            return self._traced(args, kwargs)
         return None if self._idle() else _outside_graph(self._act, block, args, kwargs)
+
+    @no_type_check
+    def _traced(self, args, kwargs):
+        moved = self.taps.resident.fire(self.name, args[0] if args else kwargs["hidden_states"])
+        if moved is None:
+            return None
+        return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run(block, args)
@@ -108,8 +130,13 @@ class _Mid(_Hook):
     replaced input would change only what the MLP sees.
     """
 
+    @no_type_check
     def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if RUN.get() is not None:
+        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+            moved = self.taps.resident.fire(self.name, args[0])
+            if moved is not None:
+                args[0].copy_(moved)
+        elif RUN.get() is not None:
             _outside_graph(self._act, args[0])
 
     def _act(self, h: Tensor) -> None:
@@ -137,7 +164,10 @@ class _Begin(_Hook):
         super().__init__(taps, resid_pre(0))
         self.names = names
 
+    @no_type_check
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() and traces(self.taps.key, "begin"):
+            return
         if ARMED.get() is not None or RUN.get() is not None:
             _outside_graph(self._act, module, args, kwargs)
 
@@ -157,8 +187,11 @@ class _Begin(_Hook):
 class _End(_Hook):
     """On the decoder itself: closes the frame."""
 
+    @no_type_check
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if RUN.get() is not None:
+        if torch.compiler.is_compiling() and traces(self.taps.key, "end"):
+            self.taps.resident.finish()
+        elif RUN.get() is not None:
             _outside_graph(self._act)
 
     def _act(self) -> None:
@@ -185,6 +218,9 @@ class Taps:
         self.decoder = decoder
         self.key = next(_KEYS)
         self.recomputes = Recomputes()
+        # What a compiled decode step traces into; the engine that compiles puts it here.
+        self.resident: Resident | None = None
+        self.turn = Turn()
         self._lock = threading.Lock()
         self._tapped: set[Site] = set()
         self._refuse_compiled("this model")
