@@ -308,11 +308,11 @@ TRACED: ContextVar[Resident | None] = ContextVar("pvcore_traced", default=None)
 
 
 @no_type_check
-@torch.compiler.assume_constant_result
 def traces(owner, where):
     """Whether a decode step of decoder `owner` is being traced here for a resident plan.
 
-    Run by the compiler itself, once for each tap and trace: the answer becomes part of the graph.
+    Run by the compiler itself, once for each tap and trace: the answer becomes part of the graph
+    (`Taps` marks it so, because the mark imports the compiler).
     """
     resident = TRACED.get()
     if resident is None or resident.owner != owner:

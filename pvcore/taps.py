@@ -224,6 +224,7 @@ class Taps:
         self._lock = threading.Lock()
         self._tapped: set[Site] = set()
         self._refuse_compiled("this model")
+        torch.compiler.assume_constant_result(traces)  # type: ignore[no-untyped-call]
         names = tuple(signature(decoder.owner.forward).parameters)
         with ExitStack() as undo:
             for layer, block in enumerate(decoder.blocks):
