@@ -111,9 +111,16 @@ class _Step:
         self._call = graph.compile(_step_of(hf), device)
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
+        from torch._dynamo import exc
+
         token = TRACED.set(self.resident)
         try:
             output = self._call(**inputs)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            raise ModelError(
+                "got a decode step that does not compile into one graph (the cause is above); use "
+                "engine='eager', or take out what breaks the graph"
+            ) from error
         finally:
             TRACED.reset(token)
         self.resident.check_trace()
