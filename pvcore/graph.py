@@ -27,6 +27,8 @@ from pvcore.taps import Taps
 from pvcore.transport import Transport
 
 MAX_STRUCTURES = 8
+# After 128 captures of one step torch gives up CUDA graphs for it, with a log line only.
+MAX_CACHES = 100
 _SHORTEST, _STRIDE = 256, 2048
 _LOOP = ("get_compiled_call", "_valid_auto_compile_criteria", "_prepare_static_cache")
 _OURS = ("cache_implementation", "compile_config", "disable_compile", "past_key_values")
@@ -36,20 +38,27 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """How `engine="graph"` compiles a decode step: the arguments of `torch.compile`.
+    """How `engine="graph"` compiles a decode step.
 
-    `mode` None means `reduce-overhead` on CUDA, which captures CUDA graphs, and `default` on other
-    devices. Backends other than inductor have no modes.
+    `backend` and `mode` are those of `torch.compile`; only inductor has modes. By default that is
+    inductor with `reduce-overhead` on CUDA, which captures CUDA graphs, and on other devices the
+    traced step as it is (`eager`): there inductor takes a minute to save little, so it is yours to
+    ask for.
     """
 
-    backend: str | Callable[..., Any] = "inductor"
+    backend: str | Callable[..., Any] | None = None
     mode: Mode | None = None
 
     def compile(self, step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-        usual = "reduce-overhead" if device.type == "cuda" else "default"
-        mode = (self.mode or usual) if self.backend == "inductor" else None
+        cuda = device.type == "cuda"
+        backend = self.backend or ("inductor" if cuda else "eager")
+        mode = self.mode or ("reduce-overhead" if cuda else "default")
         compiled: Callable[..., Any] = torch.compile(
-            step, backend=self.backend, fullgraph=True, dynamic=False, mode=mode
+            step,
+            backend=backend,
+            fullgraph=True,
+            dynamic=False,
+            mode=mode if backend == "inductor" else None,
         )
         return compiled
 
@@ -108,7 +117,15 @@ class _Step:
 
     def __init__(self, hf: Any, resident: Resident, graph: Graph, device: torch.device) -> None:
         self.resident = resident
+        self._cache: Any = None
+        self._caches = 0
         self._call = graph.compile(_step_of(hf), device)
+
+    def takes(self, cache: Any) -> bool:
+        """Whether this step may run on a cache; CUDA graphs are captured anew for another one."""
+        self._caches += cache is not self._cache
+        self._cache = cache
+        return self._caches < MAX_CACHES
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
         from torch._dynamo import exc
@@ -118,8 +135,9 @@ class _Step:
             output = self._call(**inputs)
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             raise ModelError(
-                "got a decode step that does not compile into one graph (the cause is above); use "
-                "engine='eager', or take out what breaks the graph"
+                "got a decode step that does not compile into one graph "
+                f"({str(error).strip().splitlines()[0]}); use engine='eager', or take out what "
+                "stands in the way"
             ) from error
         finally:
             TRACED.reset(token)
@@ -167,9 +185,9 @@ class GraphEngine:
 
         The `MAX_STRUCTURES` newest are kept; an older one compiles again when it comes back.
         """
-        key = (graph, plan.structure(), id(cache), device, torch.is_inference_mode_enabled())
+        key = (graph, plan.structure(), self._cache_key, device)
         step = self._steps.pop(key, None)
-        if step is None:
+        if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
             step = _Step(self.hf, resident, graph, device)
         self._steps[key] = step
@@ -182,15 +200,13 @@ class GraphEngine:
         """A static cache of at least `columns`, emptied; the same one as long as it fits.
 
         Lengths are powers of two, then multiples of 2048, so that prompts of different lengths
-        share a compiled step.
+        share a compiled step. Only the newest cache is kept: it may fill much of the device.
         """
         length = max(_SHORTEST, 1 << (columns - 1).bit_length())
         if length > _STRIDE:
             length = -(-columns // _STRIDE) * _STRIDE
         kind = (self.hf.dtype, self.hf.device, torch.is_inference_mode_enabled())
         if self._cache_key != (batch, length, *kind):
-            # Steps compiled for the old cache would keep its memory alive.
-            self._steps.clear()
             self._cache = _static_cache(self.hf, length)
             self._cache_key = (batch, length, *kind)
         self._cache.reset()
@@ -253,6 +269,8 @@ class _Generation:
 
     def _begin(self, device: torch.device) -> None:
         plan = Decode.of(self._session, self._call, self._meeting.met)
+        for scorer in plan.scorers:
+            scorer.settle(self._call)
         step = self._engine.step_for(self._graph, plan, self._cache, device)
         self._engine.taps.resident = step.resident
         self._step = step

@@ -143,6 +143,12 @@ class Seen:
             # A generation that failed has no sequences whose rows could be reported.
             self._records.pop(call, None)
 
+    def settle(self, call: Call) -> None:
+        """Bring the prompt's scores to the host, so that they take no device memory on the way."""
+        given = self._records[call].given
+        for site, scores in given.items():
+            given[site] = [torch.cat(scores, dim=1).cpu()]
+
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of decode steps that an engine made without coming past `take`."""
         self._records[call].steps.extend(steps.unbind(0))

@@ -52,6 +52,9 @@ class Scorer(Reader, Protocol):
         self, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "site n_vec d_model"]: ...
 
+    def settle(self, call: Call) -> None:
+        """The prompt of a call is done: what it showed may leave the device."""
+
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of the next decode steps of a call, on the CPU."""
 

@@ -15,7 +15,6 @@ from pvcore.errors import ChatError, HookError, ModelError, PlanError
 from tests.families import END, PAD, build, tokenizer
 from tests.subjects import Subject, fresh, prompts, subject, trio, worst
 from tests.test_graph import (
-    APATHY,
     BANK,
     EVIL,
     GRAPH,
@@ -50,7 +49,9 @@ def test_rows_end_on_their_own(found: Subject) -> None:
     ended = both(found, eos_token_id=end, pad_token_id=PAD)
     assert len({len(ids) for ids in ended}) > 1
     with found.model.arm(BOTH) as seen:
-        found.model.generate_ids(PROMPTS, engine=GRAPH, eos_token_id=end, pad_token_id=PAD, **GREEDY)
+        found.model.generate_ids(
+            PROMPTS, engine=GRAPH, eos_token_id=end, pad_token_id=PAD, **GREEDY
+        )
     over = seen["evil"].steps.isnan().all(1)
     assert [int(n) for n in (~over).sum(0)] == [len(ids) for ids in ended]
 
@@ -63,7 +64,11 @@ def test_stop_strings_end_a_row(found: Subject) -> None:
 
 def test_a_generation_config_of_ones_own_counts(found: Subject) -> None:
     config = type(found.model.hf.generation_config)(
-        max_new_tokens=7, do_sample=False, repetition_penalty=5.0, eos_token_id=END, pad_token_id=PAD
+        max_new_tokens=7,
+        do_sample=False,
+        repetition_penalty=5.0,
+        eos_token_id=END,
+        pad_token_id=PAD,
     )
     wanted = answer(found, BOTH, "eager", generation_config=config, max_new_tokens=7)
     got = answer(found, BOTH, GRAPH, generation_config=config, max_new_tokens=7)
@@ -161,6 +166,20 @@ def test_more_structures_than_are_kept_stay_right(monkeypatch: pytest.MonkeyPatc
     for turn in (0, 1, 2, 0, 0, 2):
         assert same_ids(answer(found, plans[turn], engine)[0], wanted[turn])
     assert counting.graphs == 4
+
+
+def test_batches_in_turn_compile_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, counting = fresh("qwen2"), Counting()
+    model, engine = found.model, pv.Graph(backend=counting)
+    with model.steer(pv.Add(EVIL, coeff=1.0)):
+        for size in (3, 2, 3, 2, 3):
+            wanted = model.generate_ids(PROMPTS[:size], **GREEDY)
+            assert same_ids(model.generate_ids(PROMPTS[:size], engine=engine, **GREEDY), wanted)
+        assert counting.graphs == 2
+        monkeypatch.setattr(graph_module, "MAX_CACHES", 3)
+        for size in (2, 3):
+            model.generate_ids(PROMPTS[:size], engine=engine, **GREEDY)
+    assert counting.graphs == 3
 
 
 def test_a_stream_gives_the_same_steps(found: Subject) -> None:
@@ -348,3 +367,28 @@ def test_a_tokenizer_is_needed_for_text() -> None:
     with pytest.raises(ChatError):
         bare.generate(PROMPTS, engine=GRAPH)
     assert tokenizer() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compilers_that_rewrite_the_step_give_the_same(backend: str) -> None:
+    found, engine = fresh("qwen2"), pv.Graph(backend=backend)
+    for size in (1.0, -2.0):
+        plan = KINDS["both"](size)
+        check(answer(found, plan, engine), answer(found, plan, "eager"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graphs_replay_armed_plans() -> None:
+    found = fresh("qwen2")
+    found.model.hf.to("cuda")
+    torch._dynamo.utils.counters.clear()
+    for kind in ("both", "monitor"):
+        for size in (1.0, -2.0, 1.0):
+            plan = KINDS[kind](size)
+            wanted = answer(found, plan, "eager", max_new_tokens=80)
+            check(answer(found, plan, "graph", max_new_tokens=80), wanted)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -1,0 +1,95 @@
+"""The buffers of resident plans: what they cost, and how their scores reach the host."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import pvcore as pv
+from pvcore import resident
+from pvcore.frames import Call
+from pvcore.resident import Met, Watch
+from pvcore.transport import Transport
+
+MIB = 1 << 20
+LAYERS, WIDTH, VECTORS = 28, 3584, 128
+
+
+class Taking:
+    """A scorer that keeps what it is handed."""
+
+    before = False
+
+    def __init__(self, n_sites: int, n_vec: int, d_model: int) -> None:
+        self.sites = tuple(pv.resid_post(layer) for layer in range(n_sites))
+        self.n_vec, self.d_model = n_vec, d_model
+        self.taken: list[Tensor] = []
+
+    def begin(self, frame: object) -> None: ...
+
+    def take(self, site: pv.Site, h: Tensor, frame: object) -> None: ...
+
+    def end(self, frame: object) -> None: ...
+
+    def close(self, call: Call, outcome: object) -> None: ...
+
+    def units(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(self.sites), self.n_vec, self.d_model)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def settle(self, call: Call) -> None: ...
+
+    def receive(self, call: Call, steps: Tensor) -> None:
+        self.taken.append(steps)
+
+
+def call(batch: int) -> Call:
+    mask = torch.ones(batch, 1, dtype=torch.bool)
+    return Call(rows=torch.arange(batch), n_chats=batch, mask=mask, last=None, generating=True)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_128_vectors_at_all_layers_of_a_7b_take_less_than_64_mib_beside_the_bank(batch: int):
+    """Qwen2.5-7B in bfloat16, however many tokens: the ring is full after 64 steps."""
+    met = Met(device=torch.device("meta"), dtype=torch.bfloat16)
+    watch = Watch(Taking(LAYERS, VECTORS, WIDTH), met, batch, WIDTH)
+    assert watch.units.shape == (LAYERS, VECTORS, WIDTH)
+    assert watch.ring.shape[1:] == (LAYERS, batch, VECTORS)
+    assert 16 <= len(watch.ring) <= 64
+    in_float32 = LAYERS * batch * WIDTH * 4
+    newest = LAYERS * batch * VECTORS * 4
+    assert watch.beside_bank == in_float32 // 2 + len(watch.ring) * newest
+    assert watch.beside_bank + in_float32 + newest < 64 * MIB
+
+
+def test_a_ring_too_large_for_its_bytes_keeps_two_steps():
+    met = Met(device=torch.device("meta"), dtype=torch.bfloat16)
+    assert len(Watch(Taking(LAYERS, 512, WIDTH), met, 256, WIDTH).ring) == 2
+
+
+@pytest.mark.parametrize("paced", [False, True])
+@pytest.mark.parametrize(("slots", "steps"), [(2, 7), (5, 3), (5, 23), (64, 100), (64, 0)])
+def test_every_step_reaches_the_host_once_and_in_order(monkeypatch, slots, steps, paced):
+    monkeypatch.setattr(resident, "RING_STEPS", slots)
+    met = Met(device=torch.device("cpu"), dtype=torch.bfloat16)
+    scorers = [Taking(3, 4, 8), Taking(2, 1, 8)]
+    watches = [Watch(scorer, met, 2, 8) for scorer in scorers]
+    transport = Transport(call(2), scorers, watches, paced=paced)
+    wanted: list[list[Tensor]] = [[], []]
+    for watch, scorer in zip(watches, scorers, strict=True):
+        watch.write(scorer)
+    for step in range(steps):
+        for k, watch in enumerate(watches):
+            watch.rows.copy_(torch.randn(watch.rows.shape))
+            watch.score(torch.tensor(step))
+            scores = torch.einsum("srd,skd->srk", watch.rows.double(), watch.units.double())
+            wanted[k].append(scores)
+        transport.step()
+        if paced:
+            assert len(scorers[0].taken) == step + 1
+    transport.finish()
+    for k, scorer in enumerate(scorers):
+        got = [row for block in scorer.taken for row in block]
+        assert len(got) == steps == transport.made
+        for one, other in zip(got, wanted[k], strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
