@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,16 +49,36 @@ class Graph:
     backend: str | Callable[..., Any] | None = None
     mode: Mode | None = None
 
-    def compile(self, step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in get_args(Mode):
+            raise PlanError(f"got mode {self.mode!r}; wanted one of {', '.join(get_args(Mode))}")
+        if isinstance(self.backend, str):
+            from torch._dynamo import exc, lookup_backend
+
+            try:
+                lookup_backend(self.backend)
+            except exc.InvalidBackend as error:
+                raise PlanError(
+                    f"got backend {self.backend!r}, which torch.compile does not know; wanted "
+                    "'inductor', 'aot_eager', 'eager' or a function"
+                ) from error
+
+    def on(self, device: torch.device) -> "Graph":
+        """These settings with the defaults of a device filled in."""
         cuda = device.type == "cuda"
         backend = self.backend or ("inductor" if cuda else "eager")
-        mode = self.mode or ("reduce-overhead" if cuda else "default")
+        if backend != "inductor":
+            if self.mode is not None:
+                raise PlanError(
+                    f"got mode {self.mode!r} for a backend without modes; give it together with "
+                    "backend='inductor'"
+                )
+            return Graph(backend=backend)
+        return Graph(backend=backend, mode=self.mode or ("reduce-overhead" if cuda else "default"))
+
+    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(
-            step,
-            backend=backend,
-            fullgraph=True,
-            dynamic=False,
-            mode=mode if backend == "inductor" else None,
+            step, backend=self.backend or "eager", fullgraph=True, dynamic=False, mode=self.mode
         )
         return compiled
 
@@ -115,11 +135,11 @@ def _step_of(hf: Any) -> Callable[..., Any]:
 class _Step:
     """The compiled decode step of one structure, and the buffers it works on."""
 
-    def __init__(self, hf: Any, resident: Resident, graph: Graph, device: torch.device) -> None:
+    def __init__(self, hf: Any, resident: Resident, graph: Graph) -> None:
         self.resident = resident
         self._cache: Any = None
         self._caches = 0
-        self._call = graph.compile(_step_of(hf), device)
+        self._call = graph.compile(_step_of(hf))
 
     def takes(self, cache: Any) -> bool:
         """Whether this step may run on a cache; CUDA graphs are captured anew for another one."""
@@ -168,6 +188,7 @@ class GraphEngine:
         """
         _refuse_model(self.hf)
         _refuse_settings(setting)
+        graph = graph.on(self.hf.device)
         session = session_on(self.taps.key)
         with self.taps.turn.taken("stream" if paced else "generation"), ExitStack() as stack:
             stack.callback(setattr, self.taps, "resident", None)
@@ -189,7 +210,7 @@ class GraphEngine:
         step = self._steps.pop(key, None)
         if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
-            step = _Step(self.hf, resident, graph, device)
+            step = _Step(self.hf, resident, graph)
         self._steps[key] = step
         while len(self._steps) > MAX_STRUCTURES:
             self._steps.popitem(last=False)

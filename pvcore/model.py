@@ -237,8 +237,9 @@ class HookedModel:
         """The replies to the chats, one text per returned sequence.
 
         `settings` are those of transformers' `generate`. `engine="graph"` decodes on a static cache
-        with a compiled step (CUDA graphs on CUDA), under the same plans with the same results; its
-        first call compiles.
+        with a compiled step (CUDA graphs on CUDA), under the same plans with the same results. The
+        first call of each structure compiles, and threads take turns. `HookError` inside an open
+        stream of that engine, which would never give its turn away.
         """
         if self.tokenizer is None:
             raise ChatError("got no tokenizer to write text with; use generate_ids for token ids")

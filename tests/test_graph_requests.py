@@ -4,15 +4,17 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import pvcore as pv
 from pvcore import graph as graph_module
 from pvcore import resident
 from pvcore.errors import ChatError, HookError, ModelError, PlanError
-from tests.families import END, PAD, build, tokenizer
+from tests.families import END, PAD, build
 from tests.subjects import Subject, fresh, prompts, subject, trio, worst
 from tests.test_graph import (
     BANK,
@@ -97,8 +99,8 @@ def test_short_and_chunked(found: Subject, settings: dict[str, int]) -> None:
 def test_texts_are_the_same(found: Subject) -> None:
     chats = ["Is it 3?", "well"]
     with found.model.arm(KINDS["add"](1.0)):
-        pass_eager = found.model.generate(chats, **GREEDY)
-        assert found.model.generate(chats, engine=GRAPH, **GREEDY) == pass_eager
+        texts = found.model.generate(chats, **GREEDY)
+        assert found.model.generate(chats, engine=GRAPH, **GREEDY) == texts
 
 
 def test_inference_mode_and_its_absence_do_not_mix(found: Subject) -> None:
@@ -320,7 +322,6 @@ def test_a_break_in_the_graph_is_an_error_that_names_the_way_out() -> None:
 
 def test_a_step_that_skips_a_block_is_an_error() -> None:
     found = fresh("qwen2")
-    layers = found.model.hf.model.layers
     plan = pv.Plan(pv.Add(EVIL, coeff=1.0))
     both(found, plan)
     whole = found.model.hf.model.forward
@@ -333,7 +334,6 @@ def test_a_step_that_skips_a_block_is_an_error() -> None:
     found.model.hf.model.forward = skips
     with pytest.raises(HookError, match=r"resid_pre.2: 0"):
         answer(found, plan, GRAPH)
-    assert len(layers) == 3
 
 
 def test_a_model_that_compiles_itself_is_right() -> None:
@@ -362,11 +362,66 @@ def test_a_users_own_compiled_forward_keeps_its_taps() -> None:
         assert worst(compiled(ids).logits, wanted) > 1e-2
 
 
-def test_a_tokenizer_is_needed_for_text() -> None:
+def test_a_model_without_transformers_loop_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: Subject
+) -> None:
+    monkeypatch.setattr(graph_module, "_LOOP", ("generate", "decode_in_another_way"))
+    with pytest.raises(ModelError, match=r"without decode_in_another_way; .* engine='eager'"):
+        answer(found, BOTH, GRAPH)
+
+
+def test_text_needs_a_tokenizer_here_too() -> None:
     bare = pv.HookedModel(build("qwen2"), model_id="tiny/qwen2")
     with pytest.raises(ChatError):
         bare.generate(PROMPTS, engine=GRAPH)
-    assert tokenizer() is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"backend": "fastest"}, "got backend 'fastest'"),
+        ({"mode": "fast"}, "got mode 'fast'; wanted one of default"),
+        ({"mode": "default"}, "got mode 'default' for a backend without modes"),
+        ({"backend": "aot_eager", "mode": "max-autotune"}, "without modes"),
+    ],
+)
+def test_settings_that_no_compiler_takes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, found: Subject, settings: dict[str, Any], text: str
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(PlanError, match=text):
+        found.model.generate_ids(PROMPTS, engine=pv.Graph(**settings), **GREEDY)
+
+
+def test_steps_that_go_another_way_are_an_error() -> None:
+    class Stubborn(transformers.Qwen2ForCausalLM):
+        """Decodes through its own forward, whatever step it was given."""
+
+        def _sample(self, *args: Any, **settings: Any) -> Any:
+            self.__dict__["get_compiled_call"] = lambda _config: self.__call__
+            return super()._sample(*args, **settings)
+
+    found = fresh("qwen2")
+    found.model.hf.__class__ = Stubborn
+    with pytest.raises(HookError, match="got 10 tokens from 0 compiled decode steps"):
+        answer(found, BOTH, GRAPH)
+
+
+def test_steps_that_the_device_did_not_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fresh("qwen2")
+    add = pv.Plan(pv.Add(EVIL, coeff=1.0))
+    both(found, add)
+    step = next(iter(found.model._graphs._steps.values()))
+    compiled, calls = step._call, []
+
+    def skips(**inputs: Any) -> Any:
+        calls.append(1)
+        step.resident.step.sub_(int(len(calls) == 3))
+        return compiled(**inputs)
+
+    monkeypatch.setattr(step, "_call", skips)
+    with pytest.raises(HookError, match="got 8 compiled decode steps on the device; launched 9"):
+        answer(found, add, GRAPH)
 
 
 @pytest.mark.slow
