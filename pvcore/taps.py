@@ -14,6 +14,7 @@ from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
@@ -70,7 +71,7 @@ class _Post(_Hook):
 
     @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+        if is_dynamo_compiling() and traces(self.taps.key, self.name):
             return self._traced(output)
         return None if self._idle() else _outside_graph(self._act, block, args, output)
 
@@ -98,7 +99,7 @@ class _Pre(_Hook):
 
     @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+        if is_dynamo_compiling() and traces(self.taps.key, self.name):
             return self._traced(args, kwargs)
         return None if self._idle() else _outside_graph(self._act, block, args, kwargs)
 
@@ -132,7 +133,7 @@ class _Mid(_Hook):
 
     @no_type_check
     def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() and traces(self.taps.key, self.name):
+        if is_dynamo_compiling() and traces(self.taps.key, self.name):
             moved = self.taps.resident.fire(self.name, args[0])
             if moved is not None:
                 args[0].copy_(moved)
@@ -166,7 +167,7 @@ class _Begin(_Hook):
 
     @no_type_check
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() and traces(self.taps.key, "begin"):
+        if is_dynamo_compiling() and traces(self.taps.key, "begin"):
             return
         if ARMED.get() is not None or RUN.get() is not None:
             _outside_graph(self._act, module, args, kwargs)
@@ -189,7 +190,7 @@ class _End(_Hook):
 
     @no_type_check
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if torch.compiler.is_compiling() and traces(self.taps.key, "end"):
+        if is_dynamo_compiling() and traces(self.taps.key, "end"):
             self.taps.resident.finish()
         elif RUN.get() is not None:
             _outside_graph(self._act)

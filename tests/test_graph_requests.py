@@ -422,28 +422,3 @@ def test_steps_that_the_device_did_not_run_are_an_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(step, "_call", skips)
     with pytest.raises(HookError, match="got 8 compiled decode steps on the device; launched 9"):
         answer(found, add, GRAPH)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compilers_that_rewrite_the_step_give_the_same(backend: str) -> None:
-    found, engine = fresh("qwen2"), pv.Graph(backend=backend)
-    for size in (1.0, -2.0):
-        plan = KINDS["both"](size)
-        check(answer(found, plan, engine), answer(found, plan, "eager"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cuda_graphs_replay_armed_plans() -> None:
-    found = fresh("qwen2")
-    found.model.hf.to("cuda")
-    torch._dynamo.utils.counters.clear()
-    for kind in ("both", "monitor"):
-        for size in (1.0, -2.0, 1.0):
-            plan = KINDS[kind](size)
-            wanted = answer(found, plan, "eager", max_new_tokens=80)
-            check(answer(found, plan, "graph", max_new_tokens=80), wanted)
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
