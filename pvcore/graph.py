@@ -31,7 +31,9 @@ MAX_STRUCTURES = 8
 MAX_CACHES = 100
 _SHORTEST, _STRIDE = 256, 2048
 _LOOP = ("get_compiled_call", "_valid_auto_compile_criteria", "_prepare_static_cache")
-_OURS = ("cache_implementation", "compile_config", "disable_compile", "past_key_values")
+_OURS = ("compile_config", "disable_compile", "past_key_values")
+# Names that generation configs of models carry for what is one static cache today.
+_STATIC = ("static", "hybrid", "hybrid_chunked", "sliding_window")
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -155,14 +157,17 @@ class _Step:
             output = self._call(**inputs)
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             raise ModelError(
-                "got a decode step that does not compile into one graph "
-                f"({str(error).strip().splitlines()[0]}); use engine='eager', or take out what "
-                "stands in the way"
+                f"got a decode step that does not compile into one graph ({_first_line(error)}); "
+                "use engine='eager', or take out what stands in the way"
             ) from error
         finally:
             TRACED.reset(token)
         self.resident.check_trace()
         return output
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class GraphEngine:
@@ -197,7 +202,7 @@ class GraphEngine:
                 stack.enter_context(self.taps.armed({}, readers=[meeting]))
             run = _Generation(self, graph, call, session, meeting, paced=paced)
             run.prompt_steps = _chunks(call.mask.shape[1], setting("prefill_chunk_size"))
-            output = run.twin().generate(cache_implementation="static", **settings)
+            output = run.twin().generate(**settings | {"cache_implementation": "static"})
             run.finish(output.sequences.shape[1] - call.mask.shape[1])
         return output
 
@@ -359,7 +364,9 @@ def _refuse_model(hf: Any) -> None:
 
 
 def _refuse_settings(setting: Callable[[str], Any]) -> None:
-    given = [name for name in _OURS if setting(name)]
+    given = [name for name in _OURS if setting(name) not in (None, False)]
+    if setting("cache_implementation") not in (None, *_STATIC):
+        given.append("cache_implementation")
     if given:
         raise PlanError(
             f"got {', '.join(given)} with engine='graph', which brings its own cache and compiles "

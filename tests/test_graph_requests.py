@@ -14,7 +14,8 @@ import pvcore as pv
 from pvcore import graph as graph_module
 from pvcore import resident
 from pvcore.errors import ChatError, HookError, ModelError, PlanError
-from tests.families import END, PAD, build
+from tests.families import END, FAMILIES, PAD, build
+from tests.oracle import Oracle
 from tests.subjects import Subject, fresh, prompts, subject, trio, worst
 from tests.test_graph import (
     BANK,
@@ -94,6 +95,21 @@ def test_sampling_draws_the_same(found: Subject) -> None:
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 1}, {"prefill_chunk_size": 4}])
 def test_short_and_chunked(found: Subject, settings: dict[str, int]) -> None:
     both(found, **settings)
+
+
+def test_a_model_may_ask_for_a_static_cache_by_any_name() -> None:
+    found, wanted = fresh("gemma2"), answer(subject("gemma2"), BOTH, "eager")
+    found.model.hf.generation_config.cache_implementation = "hybrid"
+    check(answer(found, BOTH, GRAPH), wanted)
+
+
+def test_a_float64_model_keeps_its_precision() -> None:
+    hf = build("gpt2", dtype=torch.float64)
+    found = Subject(name="gpt2", model=pv.HookedModel(hf), oracle=Oracle(hf, FAMILIES["gpt2"]))
+    wanted, got = (answer(found, BOTH, engine) for engine in ("eager", GRAPH))
+    check(got, wanted)
+    assert got[1]["evil"].steps.dtype == torch.float64
+    assert worst(got[1]["evil"].steps, wanted[1]["evil"].steps) < 1e-12
 
 
 def test_texts_are_the_same(found: Subject) -> None:
@@ -292,6 +308,7 @@ def test_a_generation_inside_itself_is_refused(found: Subject) -> None:
         ({"use_cache": False}, "got use_cache=False"),
         ({"cache_implementation": "dynamic"}, "got cache_implementation"),
         ({"disable_compile": True}, "got disable_compile"),
+        ({"past_key_values": transformers.DynamicCache()}, "got past_key_values"),
         ({"prompt_lookup_num_tokens": 2}, "got prompt_lookup_num_tokens"),
         ({"engine": "fast"}, "got engine 'fast'; wanted 'eager', 'graph' or a pv.Graph"),
     ],

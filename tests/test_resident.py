@@ -6,23 +6,25 @@ from torch import Tensor
 
 import pvcore as pv
 from pvcore import resident
+from pvcore.errors import HookError
 from pvcore.frames import Call
-from pvcore.resident import Met, Watch
+from pvcore.programs import compile_programs
+from pvcore.resident import Decode, Met, Watch
+from pvcore.sessions import Session
 from pvcore.transport import Transport
+from tests.subjects import trio
 
 MIB = 1 << 20
 LAYERS, WIDTH, VECTORS = 28, 3584, 128
 
 
-class Taking:
-    """A scorer that keeps what it is handed."""
+class Keeping:
+    """A reader of residuals that makes no scores."""
 
     before = False
 
-    def __init__(self, n_sites: int, n_vec: int, d_model: int) -> None:
+    def __init__(self, n_sites: int) -> None:
         self.sites = tuple(pv.resid_post(layer) for layer in range(n_sites))
-        self.n_vec, self.d_model = n_vec, d_model
-        self.taken: list[Tensor] = []
 
     def begin(self, frame: object) -> None: ...
 
@@ -31,6 +33,15 @@ class Taking:
     def end(self, frame: object) -> None: ...
 
     def close(self, call: Call, outcome: object) -> None: ...
+
+
+class Taking(Keeping):
+    """A scorer that keeps what it is handed."""
+
+    def __init__(self, n_sites: int, n_vec: int, d_model: int) -> None:
+        super().__init__(n_sites)
+        self.n_vec, self.d_model = n_vec, d_model
+        self.taken: list[Tensor] = []
 
     def units(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -93,3 +104,15 @@ def test_every_step_reaches_the_host_once_and_in_order(monkeypatch, slots, steps
         assert len(got) == steps == transport.made
         for one, other in zip(got, wanted[k], strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_readers_that_keep_residuals_and_sites_far_apart_are_refused():
+    site, other = pv.resid_post(0), pv.resid_post(1)
+    plain = Met(device=torch.device("cpu"), dtype=torch.float32)
+    keeping = Keeping(1)
+    with pytest.raises(HookError, match="a reader that keeps residuals"):
+        Decode.of(Session({}, readers=[keeping]), call(2), {site: plain})
+    far = Met(device=torch.device("meta"), dtype=torch.float32)
+    programs = compile_programs([pv.Add(trio(site, other)[0], coeff=1.0)])
+    with pytest.raises(HookError, match="armed sites on cpu, meta"):
+        Decode.of(Session(programs), call(2), {site: plain, other: far})
