@@ -7,9 +7,9 @@ from torch import Tensor
 import pvcore as pv
 from pvcore import resident
 from pvcore.errors import HookError
-from pvcore.frames import Call
+from pvcore.frames import Call, Frame
 from pvcore.programs import compile_programs
-from pvcore.resident import Decode, Met, Watch
+from pvcore.resident import Decode, Met, Resident, Watch
 from pvcore.sessions import Session
 from pvcore.transport import Transport
 from tests.subjects import trio
@@ -57,6 +57,38 @@ class Taking(Keeping):
 def call(batch: int) -> Call:
     mask = torch.ones(batch, 1, dtype=torch.bool)
     return Call(rows=torch.arange(batch), n_chats=batch, mask=mask, last=None, generating=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_buffers_compute_what_the_reference_computes(dtype: torch.dtype):
+    """Bit for bit, for plans of one structure written into the same buffers one after another."""
+    site = pv.resid_post(0)
+    one, two, three = trio(site)
+    met = {site: Met(device=torch.device("cpu"), dtype=dtype)}
+    made: Resident | None = None
+    results = []
+    for turn in range(4):
+        vectors = [[one, two, three], [three, one, two]][turn % 2]
+        interventions = [
+            pv.Add(vectors[:2], coeff=[0.5 * turn, -1.0, 2.0]),
+            pv.Cap(vectors[1:], min=-0.5 + 0.1 * turn, max=[0.1, 0.2, 0.3 + turn]),
+            pv.Ablate(vectors[0]),
+            pv.Cap(vectors[2], **({"max": 0.1} if turn < 2 else {"min": 0.4})),
+            pv.Add(vectors[2], coeff=0.25, span="all"),
+            pv.Add(vectors[2], coeff=9.0, span="prompt"),
+        ]
+        session = Session(compile_programs(interventions))
+        request = call(3)
+        plan = Decode.of(session, request, met)
+        made = made or Resident(0, plan, 64, torch.device("cpu"))
+        made.write(plan)
+        h = torch.randn(3, 1, 64).to(dtype)
+        (program,) = session.programs[site]
+        wanted = program.apply(h, Frame(request, 3, 1, 1, True))
+        got = made.fire(str(site), h)
+        assert torch.equal(got, wanted)
+        results.append(got - h)
+    assert all(not torch.equal(results[a], results[b]) for a in range(4) for b in range(a))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
