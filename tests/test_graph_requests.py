@@ -379,6 +379,18 @@ def test_a_users_own_compiled_forward_keeps_its_taps() -> None:
         assert worst(compiled(ids).logits, wanted) > 1e-2
 
 
+def test_a_trace_in_between_leaves_the_graph_alone() -> None:
+    found, counting = fresh("qwen2"), Counting()
+    plan, engine = pv.Plan(pv.Add(EVIL, coeff=1.0), monitor=BANK), pv.Graph(backend=counting)
+    wanted = answer(found, plan, "eager")
+    for _ in range(2):
+        check(answer(found, plan, engine), wanted)
+        with found.model.trace(PROMPTS[0][None]):
+            h = found.model.resid_post[1].save()
+        assert h.shape == (1, 4, 64)
+    assert counting.graphs == 1
+
+
 def test_a_model_without_transformers_loop_is_refused(
     monkeypatch: pytest.MonkeyPatch, found: Subject
 ) -> None:
