@@ -160,6 +160,25 @@ class Run:
             reader.end(self.frame)
 
 
+class Armings:
+    """Whether any plan is armed anywhere in the process.
+
+    Compilers cannot look into a context variable, but they can guard a plain attribute: a model
+    compiled while all is idle is compiled whole, and again when a plan is armed.
+    """
+
+    def __init__(self) -> None:
+        self.idle = True
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self._count += change
+            self.idle = self._count == 0
+
+
+ARMINGS = Armings()
 ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
 RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
 

@@ -21,7 +21,7 @@ from pvcore.errors import HookError
 from pvcore.frames import Call, Outcome, begin_frame, running
 from pvcore.programs import SiteProgram
 from pvcore.resident import Resident, traces
-from pvcore.sessions import ARMED, RUN, Reader, Recomputes, Run, Session, session_on
+from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Recomputes, Run, Session, session_on
 from pvcore.sites import Site, resid_post, resid_pre
 from pvcore.turns import Turn
 
@@ -62,6 +62,12 @@ def _inert_hook() -> Any:
     return _inert
 
 
+@no_type_check
+def _asleep():
+    """Traced: nothing can be armed. With gradients a backward pass may still recompute a patch."""
+    return ARMINGS.idle and not torch.is_grad_enabled()
+
+
 def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -71,8 +77,11 @@ class _Post(_Hook):
 
     @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if is_dynamo_compiling() and traces(self.taps.key, self.name):
-            return self._traced(output)
+        if is_dynamo_compiling():
+            if traces(self.taps.key, self.name):
+                return self._traced(output)
+            if _asleep():
+                return None
         return None if self._idle() else _outside_graph(self._act, block, args, output)
 
     @no_type_check
@@ -99,8 +108,11 @@ class _Pre(_Hook):
 
     @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_dynamo_compiling() and traces(self.taps.key, self.name):
-            return self._traced(args, kwargs)
+        if is_dynamo_compiling():
+            if traces(self.taps.key, self.name):
+                return self._traced(args, kwargs)
+            if _asleep():
+                return None
         return None if self._idle() else _outside_graph(self._act, block, args, kwargs)
 
     @no_type_check
@@ -133,11 +145,15 @@ class _Mid(_Hook):
 
     @no_type_check
     def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if is_dynamo_compiling() and traces(self.taps.key, self.name):
-            moved = self.taps.resident.fire(self.name, args[0])
-            if moved is not None:
-                args[0].copy_(moved)
-        elif RUN.get() is not None:
+        if is_dynamo_compiling():
+            if traces(self.taps.key, self.name):
+                moved = self.taps.resident.fire(self.name, args[0])
+                if moved is not None:
+                    args[0].copy_(moved)
+                return
+            if _asleep():
+                return
+        if RUN.get() is not None:
             _outside_graph(self._act, args[0])
 
     def _act(self, h: Tensor) -> None:
@@ -167,7 +183,7 @@ class _Begin(_Hook):
 
     @no_type_check
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_dynamo_compiling() and traces(self.taps.key, "begin"):
+        if is_dynamo_compiling() and (traces(self.taps.key, "begin") or _asleep()):
             return
         if ARMED.get() is not None or RUN.get() is not None:
             _outside_graph(self._act, module, args, kwargs)
@@ -190,9 +206,13 @@ class _End(_Hook):
 
     @no_type_check
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if is_dynamo_compiling() and traces(self.taps.key, "end"):
-            self.taps.resident.finish()
-        elif RUN.get() is not None:
+        if is_dynamo_compiling():
+            if traces(self.taps.key, "end"):
+                self.taps.resident.finish()
+                return
+            if _asleep():
+                return
+        if RUN.get() is not None:
             _outside_graph(self._act)
 
     def _act(self) -> None:
@@ -289,9 +309,11 @@ class Taps:
             outer=session_on(self.key),
         )
         token = ARMED.set({**(ARMED.get() or {}), self.key: session})
+        ARMINGS.count(1)
         try:
             yield session
         finally:
+            ARMINGS.count(-1)
             ARMED.reset(token)
             RUN.set(None)
         if session.forwards == 0:
