@@ -88,14 +88,7 @@ class Nnsight:
 
 class TransformerLens:
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        bridge = TransformerBridge.boot_transformers(
-            "random",
-            hf_model=subject.fresh(),
-            tokenizer=_numbers(subject.size.shape.vocabulary),
-            device="cpu",
-        )
+        bridge = self._booted(subject)
         turned = subject.units.mT.contiguous()
         one = subject.coeff * subject.raw
         several = subject.coeffs[:, None, None] * subject.raw
@@ -130,6 +123,14 @@ class TransformerLens:
             "both": lambda: run(one, True),
             "rows": lambda: run(several, False),
         }
+
+    def _booted(self, subject: Subject) -> Any:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        tokenizer = _numbers(subject.size.shape.vocabulary)
+        return TransformerBridge.boot_transformers(
+            "random", hf_model=subject.fresh(), tokenizer=tokenizer, device="cpu"
+        )
 
 
 def _numbers(size: int) -> Any:
@@ -190,52 +191,31 @@ class Repeng:
 
 class Pyvene:
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
-        import pyvene
-
-        turned = subject.units.mT.contiguous()
-
-        class Adding(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
-            """Adds a fixed row, as pyvene's own examples of steering do."""
-
-            def __init__(self, delta: Tensor, **kwargs: Any) -> None:
-                super().__init__(**kwargs)
-                self.delta = delta
-
-            def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
-                return base + self.delta
-
-        class Watching(pyvene.CollectIntervention):  # type: ignore[misc]
-            def __init__(self, layer: int, made: list[Tensor], **kwargs: Any) -> None:
-                super().__init__(**kwargs)
-                self.layer, self.made = layer, made
-
-            def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
-                self.made.append(base[:, -1] @ turned[self.layer])
-                return base
-
-        def place(layer: int, intervention: nn.Module) -> dict[str, Any]:
-            component = f"model.layers[{layer}].output"
-            return {"component": component, "intervention": intervention}
-
         one = subject.coeff * subject.raw
         several = subject.coeffs[:, None, None] * subject.raw
+        return {"steer": self._arm(subject, one), "rows": self._arm(subject, several)}
 
-        def arm(delta: Tensor) -> Arm:
-            sizes = {"embed_dim": subject.size.shape.hidden, "keep_last_dim": True}
-            adding = [place(subject.layer, Adding(delta, **sizes))]
-            model = pyvene.IntervenableModel(adding, model=subject.fresh())
+    def _arm(self, subject: Subject, delta: Tensor) -> Arm:
+        import pyvene
 
-            def run() -> Reply:
-                mask = torch.ones_like(subject.ids)
-                given = {"input_ids": subject.ids, "attention_mask": mask}
-                _, out = model.generate(
-                    given, unit_locations=None, intervene_on_prompt=True, **subject.settings
-                )
-                return Reply(tokens=out[:, subject.ids.shape[1] :])
+        class Adding(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
+            """Adds a fixed row to every position."""
 
-            return run
+            def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
+                return base + delta
 
-        return {"steer": arm(one), "rows": arm(several)}
+        adding = Adding(embed_dim=subject.size.shape.hidden, keep_last_dim=True)
+        place = {"component": f"model.layers[{subject.layer}].output", "intervention": adding}
+        model = pyvene.IntervenableModel([place], model=subject.fresh())
+
+        def run() -> Reply:
+            given = {"input_ids": subject.ids, "attention_mask": torch.ones_like(subject.ids)}
+            _, out = model.generate(
+                given, unit_locations=None, intervene_on_prompt=True, **subject.settings
+            )
+            return Reply(tokens=out[:, subject.ids.shape[1] :])
+
+        return run
 
 
 class InterpEngine:
