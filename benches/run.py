@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benches import overhead, reading, record, tables
+from benches import overhead, reading, record, scaling, tables
 from benches.peers import measure as peers
 from benches.record import Record
 
@@ -72,6 +72,16 @@ def run_peers(
         settings = replace(settings, rounds=rounds)
     command = _command("peers", quick, settings.rounds)
     _finish(lambda: peers.measure(settings, command=command), quick, out)
+
+
+@app.command("scaling")
+def run_scaling(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """Cost against vectors, layers, batch, context and distinct configurations."""
+    settings = scaling.QUICK if quick else scaling.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("scaling", quick, settings.rounds)
+    _finish(lambda: scaling.measure(settings, command=command), quick, out)
 
 
 def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:

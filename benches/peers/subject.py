@@ -29,12 +29,17 @@ SMALL = Shape(hidden=256, layers=8, vocabulary=512)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is generated. Prompts are equally long: not every peer knows of padding."""
+    """How much is generated. Prompts are equally long: not every peer knows of padding.
+
+    `configurations` says how many different coefficients a batch has, by default one per row.
+    """
 
     shape: Shape = SMALL
     batch: int = 1
     prompt_tokens: int = 16
     new_tokens: int = 48
+    vectors: int = 7
+    configurations: int | None = None
     seed: int = 0
 
 
@@ -65,7 +70,8 @@ class Subject:
         self.plain: Any = random_qwen2(size.shape, seed=size.seed)
         self.plain.generation_config = GenerationConfig(pad_token_id=0)
         layers = range(size.shape.layers)
-        self.vectors = random_vectors(size.shape.hidden, layers, seed=size.seed)
+        traits = [f"trait {number}" for number in range(size.vectors)]
+        self.vectors = random_vectors(size.shape.hidden, layers, traits=traits, seed=size.seed)
         self.layer = size.shape.layers // 2
         lengths = [size.prompt_tokens] * size.batch
         self.ids = torch.stack(random_prompts(lengths, size.shape.vocabulary, seed=size.seed))
@@ -77,8 +83,10 @@ class Subject:
 
     @property
     def coeffs(self) -> Float[Tensor, " row"]:
-        """A different coefficient for every row, from none to twice the common one."""
-        return self.coeff * torch.linspace(0, 2, self.size.batch)
+        """A coefficient for every row, from none to twice the common one; one alone is common."""
+        kinds = self.size.configurations or self.size.batch
+        several = torch.linspace(0, 2, kinds) if kinds > 1 else torch.ones(1)
+        return self.coeff * several[torch.arange(self.size.batch) % kinds]
 
     @property
     def raw(self) -> Float[Tensor, " d_model"]:
@@ -93,10 +101,10 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.size.new_tokens, "do_sample": False, "pad_token_id": 0}
 
-    def generate(self, hf: Any) -> Int[Tensor, "row step"]:
+    def generate(self, hf: Any, **extra: Any) -> Int[Tensor, "row step"]:
         """transformers' own generation; the new tokens."""
         mask = torch.ones_like(self.ids)
-        output: Tensor = hf.generate(self.ids, attention_mask=mask, **self.settings)
+        output: Tensor = hf.generate(self.ids, attention_mask=mask, **self.settings, **extra)
         return output[:, self.ids.shape[1] :]
 
     def table(
