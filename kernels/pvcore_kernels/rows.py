@@ -40,10 +40,12 @@ def project(
 
 
 def segment_mean(
-    h: Float[Tensor, "t d_model"], cu_seqlens: Int[Tensor, " segments+1"]
+    h: Float[Tensor, "t d_model"], cu_seqlens: Int[Tensor, " bounds"]
 ) -> Float[Tensor, "segments d_model"]:
     """Mean of `h[cu_seqlens[b]:cu_seqlens[b + 1]]`, summed in float64; NaN where that is empty."""
     bounds = cu_seqlens.tolist()
+    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(h):
+        raise IndexError(f"Bounds {bounds} must rise within the {len(h)} rows of h.")
     means = h.new_empty(len(bounds) - 1, h.shape[1], dtype=accumulator(h.dtype))
     for segment, (start, end) in enumerate(pairwise(bounds)):
         total = h[start:end].sum(0, dtype=torch.float64)
@@ -62,9 +64,11 @@ def steer_into(
     Rows of one request stand together in a prefill, and each run of them is one add. Where runs
     are short, as in decoding, the rows of `delta` are gathered.
     """
+    requests, lengths = torch.unique_consecutive(row, return_counts=True)
+    if len(requests) and int(requests.max()) >= len(delta):
+        raise IndexError(f"A row asks for request {int(requests.max())} of {len(delta)} in delta.")
     if out is not h:
         out.copy_(h)
-    requests, lengths = torch.unique_consecutive(row, return_counts=True)
     if requests.numel() * 8 <= row.numel():
         start = 0
         for request, length in zip(requests.tolist(), lengths.tolist(), strict=True):

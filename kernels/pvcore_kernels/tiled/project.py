@@ -39,6 +39,7 @@ def project_kernel(
     rows_ptr,
     out_ptr,
     n_rows,
+    n_source,
     n_vec,
     h_stride,
     v_stride,
@@ -57,13 +58,15 @@ def project_kernel(
         source = tl.load(rows_ptr + t, mask=t_inside, other=0).to(tl.int64)
     else:
         source = t.to(tl.int64)
+    known = t_inside & (source >= 0) & (source < n_source)
     h_at, v_at = source * h_stride, k.to(tl.int64) * v_stride
     scores = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
+        h = load_tile(h_ptr, h_at, columns, known, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
         v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
         scores = add_scores(scores, h, v, WIDE)
+    scores = tl.where(known[:, None], scores, float("nan"))
     out_at = t.to(tl.int64)[:, None] * out_stride + k[None, :]
     tl.store(out_ptr + out_at, scores, mask=t_inside[:, None] & k_inside[None, :])
 
@@ -74,7 +77,7 @@ def project(
     rows: Int[Tensor, " n"] | None,
     out: Float[Tensor, "n k"],
 ) -> None:
-    """Write the scores of the listed rows into `out`, float32 with neighbouring columns."""
+    """Write the scores of the listed rows into `out`; a row outside `h` scores NaN."""
     n_rows, n_vec = out.shape
     if n_rows == 0 or n_vec == 0:
         return
@@ -90,6 +93,7 @@ def project(
             rows,
             out,
             n_rows,
+            len(h),
             n_vec,
             h.stride(0),
             v.stride(0),

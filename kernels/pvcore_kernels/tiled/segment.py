@@ -18,6 +18,7 @@ def segment_mean_kernel(
     h_ptr,
     bounds_ptr,
     out_ptr,
+    n_rows,
     h_stride,
     out_stride,
     D: tl.constexpr,
@@ -29,11 +30,13 @@ def segment_mean_kernel(
     first = tl.load(bounds_ptr + segment).to(tl.int64)
     last = tl.load(bounds_ptr + segment + 1).to(tl.int64)
     total = tl.zeros((BLOCK_D,), dtype=tl.float64)
-    for start in range(first, last, BLOCK_T):
+    known = (first >= 0) & (first < last) & (last <= n_rows)
+    n = tl.where(known, last - first, 0)
+    for start in range(first, first + n, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         h = load_tile(h_ptr, t * h_stride, columns, t < last, D, D % BLOCK_D == 0)
         total += tl.sum(h.to(tl.float32), axis=0).to(tl.float64)
-    mean = (total / (last - first).to(tl.float64)).to(tl.float32)
+    mean = (total / n.to(tl.float64)).to(tl.float32)
     out_at = segment.to(tl.int64) * out_stride + columns
     tl.store(out_ptr + out_at, mean, mask=columns < D)
 
@@ -45,7 +48,8 @@ def segment_mean(
 ) -> None:
     """Write the float32 means of `h[cu_seqlens[b]:cu_seqlens[b + 1]]` into `out`.
 
-    Each tile of rows is summed in float32 and the tiles in float64; an empty segment is NaN.
+    Each tile of rows is summed in float32 and the tiles in float64; an empty segment is NaN, and
+    so is one with a bound outside `h`.
     """
     n_segments, d_model = out.shape
     if n_segments == 0 or d_model == 0:
@@ -59,6 +63,7 @@ def segment_mean(
             h,
             cu_seqlens,
             out,
+            len(h),
             h.stride(0),
             out.stride(0),
             D=d_model,

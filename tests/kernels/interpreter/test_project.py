@@ -59,3 +59,10 @@ def test_nothing_to_do_launches_nothing():
     assert scores_of(h[:0], v).shape == (0, 3)
     assert scores_of(h, v[:0]).shape == (4, 0)
     assert scores_of(h, v, torch.empty(0, dtype=torch.int32)).shape == (0, 3)
+
+
+def test_a_listed_row_outside_h_scores_nan():
+    h, v = residual(4, 64, torch.float32), unit_rows(3, 64, torch.float32)
+    scores = scores_of(h, v, torch.tensor([3, 4, -1, 0], dtype=torch.int32))
+    assert scores[[1, 2]].isnan().all()
+    assert_scores(scores[[0, 3]], h[[3, 0]], v)

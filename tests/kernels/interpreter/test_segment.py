@@ -36,3 +36,10 @@ def test_an_empty_segment_is_nan_and_its_neighbours_are_not():
 
 def test_no_segments_launch_nothing():
     assert means_of(residual(6, 64, torch.float32), [0]).shape == (0, 64)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_a_segment_with_a_bound_outside_h_is_nan():
+    means = means_of(residual(6, 64, torch.float32), [-1, 2, 1, 4, 7])
+    assert means[[0, 1, 3]].isnan().all()
+    assert means[2].isfinite().all()
