@@ -21,7 +21,7 @@ from torch import Tensor
 from pvcore.errors import HookError, ModelError, PlanError
 from pvcore.frames import Call, Frame
 from pvcore.resident import TRACED, Decode, Met, Resident
-from pvcore.sessions import Session, session_on
+from pvcore.sessions import Session, Take, session_on
 from pvcore.sites import Site
 from pvcore.taps import Taps
 from pvcore.transport import Transport
@@ -108,10 +108,11 @@ class _Meeting:
         self.sites = sites
         self.met: dict[Site, Met] = {}
 
-    def begin(self, frame: Frame) -> None: ...
+    def begin(self, frame: Frame) -> Take:
+        return self._meet
 
-    def take(self, site: Site, h: Tensor, frame: Frame) -> None:
-        self.met[site] = Met(device=h.device, dtype=h.dtype)
+    def _meet(self, place: int, h: Tensor) -> None:
+        self.met[self.sites[place]] = Met(device=h.device, dtype=h.dtype)
 
     def end(self, frame: Frame) -> None: ...
 
@@ -197,7 +198,7 @@ class GraphEngine:
         session = session_on(self.taps.key)
         with self.taps.turn.taken("stream" if paced else "generation"), ExitStack() as stack:
             stack.callback(setattr, self.taps, "resident", None)
-            meeting = _Meeting(tuple(sorted(session.work)) if session else ())
+            meeting = _Meeting(session.expected if session else ())
             if session:
                 stack.enter_context(self.taps.armed({}, readers=[meeting]))
             run = _Generation(self, graph, call, session, meeting, paced=paced)

@@ -52,10 +52,11 @@ class Decode:
         `HookError` for readers that are no monitors and for sites on more than one device.
         """
         batch = len(call.rows)
-        work = session.work if session else {}
+        sites = session.expected if session else ()
         frame = Frame(call, batch, call.mask.shape[1], 1, True)
         moves = {}
-        for site, (programs, _) in sorted(work.items()):
+        for site in sites:
+            programs = session.programs.get(site, ()) if session else ()
             found = [p.resolve(met[site].device, met[site].dtype, frame) for p in programs]
             moves[site] = tuple(one for one in found if one is not None)
         readers = session.readers if session else ()

@@ -1,5 +1,7 @@
 """The buffers of resident plans: what they cost, and how their scores reach the host."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,9 +28,8 @@ class Keeping:
     def __init__(self, n_sites: int) -> None:
         self.sites = tuple(pv.resid_post(layer) for layer in range(n_sites))
 
-    def begin(self, frame: object) -> None: ...
-
-    def take(self, site: pv.Site, h: Tensor, frame: object) -> None: ...
+    def begin(self, frame: object) -> Callable[[int, Tensor], None]:
+        return lambda place, h: None
 
     def end(self, frame: object) -> None: ...
 
