@@ -168,8 +168,7 @@ def steer(
             D=d_model,
             BLOCK_T=tile.block_t,
             BLOCK_D=columns,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
 
 
@@ -212,8 +211,7 @@ def steer_project(
             BLOCK_T=tile.block_t,
             BLOCK_K=block_k(n_vec),
             BLOCK_D=block_d(h.shape[1], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
 
 
@@ -250,6 +248,5 @@ def steer_project_tokens(
             BLOCK_T=tile.block_t,
             BLOCK_K=block_k(n_vec),
             BLOCK_D=block_d(h.shape[1], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
