@@ -18,11 +18,42 @@ from pvcore_kernels.tiled.steer import store_tile
 
 @triton.jit
 @no_type_check
-def change_within(scores, low_ptr, high_ptr, at, acts):
-    """What takes each score into its interval; nothing where the row or the vector is none."""
+def joint_move(scores, low_ptr, high_ptr, inverse_ptr, request, n_requests, k, n_vec):
+    """Coefficients that take each score into its interval; 0 for a row or a vector that is none."""
+    active = (request >= 0) & (request < n_requests)
+    acts = active[:, None] & (k < n_vec)[None, :]
+    at = request.to(tl.int64)[:, None] * n_vec + k[None, :]
     low = tl.load(low_ptr + at, mask=acts, other=0.0).to(tl.float32)
     high = tl.load(high_ptr + at, mask=acts, other=0.0).to(tl.float32)
-    return tl.where(acts, tl.minimum(tl.maximum(scores, low), high) - scores, 0.0)
+    change = tl.where(acts, tl.minimum(tl.maximum(scores, low), high) - scores, 0.0)
+    square = (k < n_vec)[:, None] & (k < n_vec)[None, :]
+    inverse = tl.load(inverse_ptr + k[:, None] * n_vec + k[None, :], mask=square, other=0.0)
+    return tl.dot(change, inverse.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+@no_type_check
+def swept_scores(
+    h_ptr,
+    v_ptr,
+    h_at,
+    v_at,
+    t_inside,
+    k_inside,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The first sweep over a tile of rows: `h vᵀ`."""
+    scores = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
+        v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
+        scores = add_scores(scores, h, v, WIDE)
+    return scores
 
 
 @triton.jit
@@ -60,24 +91,15 @@ def intervene_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     t_inside, k_inside = t < n_rows, k < n_vec
-    both = t_inside[:, None] & k_inside[None, :]
-    request = tl.load(row_ptr + t, mask=t_inside, other=-1)
-    active = (request >= 0) & (request < n_requests)
     h_at, out_at = t.to(tl.int64) * h_stride, t.to(tl.int64) * out_stride
     v_at = k.to(tl.int64) * v_stride
-    scores = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
-        v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
-        scores = add_scores(scores, h, v, WIDE)
-    tl.store(scores_ptr + t.to(tl.int64)[:, None] * scores_stride + k[None, :], scores, mask=both)
-    at = request.to(tl.int64)[:, None] * n_vec + k[None, :]
-    acts = active[:, None] & k_inside[None, :]
-    change = change_within(scores, low_ptr, high_ptr, at, acts)
-    square = k_inside[:, None] & k_inside[None, :]
-    inverse = tl.load(inverse_ptr + k[:, None] * n_vec + k[None, :], mask=square, other=0.0)
-    move = tl.dot(change, inverse.to(tl.float32), input_precision="ieee")  # [BLOCK_T, BLOCK_K]
+    scores = swept_scores(
+        h_ptr, v_ptr, h_at, v_at, t_inside, k_inside, D, WIDE, BLOCK_T, BLOCK_K, BLOCK_D
+    )
+    scores_at = t.to(tl.int64)[:, None] * scores_stride + k[None, :]
+    tl.store(scores_ptr + scores_at, scores, mask=t_inside[:, None] & k_inside[None, :])
+    request = tl.load(row_ptr + t, mask=t_inside, other=-1)
+    move = joint_move(scores, low_ptr, high_ptr, inverse_ptr, request, n_requests, k, n_vec)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)
@@ -106,23 +128,12 @@ def intervene(
     h, v = aligned(h), aligned(v)
     width = width_class(h.dtype, v.dtype)
     tile = launch("intervene", h.device, width=width, rows=n_rows, n_vec=n_vec)
+    bounds = low.contiguous(), high.contiguous(), gram_inverse.contiguous()
     with on_device(h):
         intervene_kernel[(triton.cdiv(n_rows, tile.block_t),)](
-            h,
-            v,
-            low.contiguous(),
-            high.contiguous(),
-            gram_inverse.contiguous(),
-            row,
-            out,
-            scores,
-            n_rows,
-            n_vec,
-            len(low),
-            h.stride(0),
-            v.stride(0),
-            out.stride(0),
-            scores.stride(0),
+            *(h, v, *bounds, row, out, scores),
+            *(n_rows, n_vec, len(low)),
+            *(h.stride(0), v.stride(0), out.stride(0), scores.stride(0)),
             D=h.shape[1],
             WIDE=width == "wide",
             BLOCK_T=tile.block_t,

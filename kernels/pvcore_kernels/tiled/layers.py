@@ -88,14 +88,8 @@ def project_layers(
     grid = (triton.cdiv(n_vec, vectors), triton.cdiv(n_rows, tile.block_t), len(hs))
     with on_device(out):
         project_layers_kernel[grid](
-            table,
-            v,
-            out,
-            n_rows,
-            n_vec,
-            hs[0].stride(0),
-            v.stride(1),
-            v.stride(0),
+            *(table, v, out, n_rows, n_vec),
+            *(hs[0].stride(0), v.stride(1), v.stride(0)),
             D=v.shape[2],
             TYPE=TYPES[hs[0].dtype],
             WIDE=width == "wide",

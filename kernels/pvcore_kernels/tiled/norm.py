@@ -28,6 +28,16 @@ def normed(h, weight_ptr, columns, inside, eps, D: tl.constexpr, OFFSET: tl.cons
 
 @triton.jit
 @no_type_check
+def steered(h, delta_ptr, delta_stride, request, n_requests, columns, D: tl.constexpr):
+    """`h + delta[request]`, rounded once; the row itself where there is no such request."""
+    width = tl.where((request >= 0) & (request < n_requests), D, 0)
+    delta_at = request * delta_stride + columns
+    delta = tl.load(delta_ptr + delta_at, mask=columns < width, other=0.0).to(tl.float32)
+    return tl.where(columns < width, (h.to(tl.float32) + delta).to(h.dtype), h)
+
+
+@triton.jit
+@no_type_check
 def add_rmsnorm_steer_project_kernel(
     x_ptr,
     residual_ptr,
@@ -63,10 +73,7 @@ def add_rmsnorm_steer_project_kernel(
         v = tl.load(v_ptr + k * v_stride + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(scores_ptr + t * scores_stride + k, tl.sum(h.to(tl.float32) * v, axis=0))
     request = tl.load(row_ptr + t).to(tl.int64)
-    width = tl.where((request >= 0) & (request < n_requests), D, 0)
-    delta_at = request * delta_stride + columns
-    delta = tl.load(delta_ptr + delta_at, mask=columns < width, other=0.0).to(tl.float32)
-    moved = tl.where(columns < width, (h.to(tl.float32) + delta).to(h.dtype), h)
+    moved = steered(h, delta_ptr, delta_stride, request, n_requests, columns, D)
     tl.store(out_ptr + t * out_stride + columns, moved, mask=inside)
     y = normed(moved, weight_ptr, columns, inside, eps, D, OFFSET)
     tl.store(y_ptr + t * y_stride + columns, y, mask=inside)
@@ -94,27 +101,12 @@ def add_rmsnorm_steer_project(
         return
     x, residual, delta, v = aligned(x), aligned(residual), aligned(delta), aligned(v)
     width = triton.next_power_of_2(d_model)
+    rows = (x, residual, delta, v, y, out, scores)
     with on_device(x):
         add_rmsnorm_steer_project_kernel[(n_rows,)](
-            x,
-            residual,
-            weight.contiguous(),
-            delta,
-            row,
-            v,
-            y,
-            out,
-            scores,
-            len(v),
-            len(delta),
-            eps,
-            x.stride(0),
-            residual.stride(0),
-            delta.stride(0),
-            v.stride(0),
-            y.stride(0),
-            out.stride(0),
-            scores.stride(0),
+            *(x, residual, weight.contiguous(), delta, row, v, y, out, scores),
+            *(len(v), len(delta), eps),
+            *(one.stride(0) for one in rows),
             D=d_model,
             OFFSET=offset,
             BLOCK_D=width,
