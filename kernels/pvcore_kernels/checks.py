@@ -47,6 +47,8 @@ def scores(scores: Tensor, h: Tensor, v: Tensor, rows: Tensor | None) -> None:
     if tuple(scores.shape) != wanted or scores.dtype != accumulator(h.dtype):
         got = f"{scores.dtype} of shape {tuple(scores.shape)}"
         _refuse("scores", got, f"{accumulator(h.dtype)} of shape {wanted}")
+    if scores.shape[1] > 1 and scores.stride(1) != 1:
+        _refuse("scores", f"of strides {scores.stride()}", "contiguous in its last axis")
 
 
 def segments(h: Tensor, cu_seqlens: Tensor) -> None:

@@ -104,6 +104,8 @@ def test_askew_rows_are_copied_or_refused():
     assert aligned(straight) is straight
     with pytest.raises(ValueError, match="call the functional op"):
         require_aligned(h, "h")
+    with pytest.raises(ValueError, match="rows apart"):
+        require_aligned(torch.randn(1, 64).expand(4, 64), "h")
     require_aligned(straight, "h")
 
 
