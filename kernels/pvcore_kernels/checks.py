@@ -1,5 +1,7 @@
 """What every op refuses, said before anything is written: got, wanted, do."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ def scores(scores: Tensor, h: Tensor, v: Tensor, rows: Tensor | None) -> None:
     if tuple(scores.shape) != wanted or scores.dtype != accumulator(h.dtype):
         got = f"{scores.dtype} of shape {tuple(scores.shape)}"
         _refuse("scores", got, f"{accumulator(h.dtype)} of shape {wanted}")
+    if scores.shape[1] > 1 and scores.stride(1) != 1:
+        _refuse("scores", f"of strides {scores.stride()}", "contiguous in its last axis")
 
 
 def segments(h: Tensor, cu_seqlens: Tensor) -> None:
@@ -66,3 +70,42 @@ def tokens(h: Tensor, v: Tensor, c: Tensor) -> None:
     _floats("c", c, "[t, k]")
     if c.shape != (h.shape[0], v.shape[0]):
         _refuse("c", f"of shape {tuple(c.shape)}", "[t, k], one coefficient per row and vector")
+
+
+def like(name: str, tensor: Tensor, wanted: Tensor) -> None:
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        _refuse(name, got, f"{wanted.dtype} of shape {tuple(wanted.shape)}")
+
+
+def layers(hs: Sequence[Tensor], v: Tensor) -> None:
+    if not hs or v.ndim != 3 or v.shape[0] != len(hs):
+        got = f"of shape {tuple(v.shape)} for {len(hs)} layers of rows"
+        _refuse("v", got, "[layer, k, d_model] for at least one layer")
+    for h in hs:
+        project(h, v[0], None)
+        like("every layer's rows", h, hs[0])
+
+
+def step(
+    h: Tensor, v: Tensor, low: Tensor, high: Tensor, row: Tensor, gram_inverse: Tensor
+) -> None:
+    project(h, v, None)
+    _indices("row", row, h)
+    n_vec = v.shape[0]
+    for name, bounds in (("low", low), ("high", high)):
+        if bounds.ndim != 2 or bounds.shape[1] != n_vec or bounds.shape[0] != low.shape[0]:
+            wanted = "[b, k], for both bounds alike"
+            _refuse(name, f"of shape {tuple(bounds.shape)} for {n_vec} vectors", wanted)
+    if tuple(gram_inverse.shape) != (n_vec, n_vec):
+        _refuse("gram_inverse", f"of shape {tuple(gram_inverse.shape)}", f"[{n_vec}, {n_vec}]")
+
+
+def norm(
+    x: Tensor, residual: Tensor, weight: Tensor, delta: Tensor, row: Tensor, v: Tensor
+) -> None:
+    project(x, v, None)
+    steer(x, delta, row)
+    like("residual", residual, x)
+    if tuple(weight.shape) != (x.shape[1],):
+        _refuse("weight", f"of shape {tuple(weight.shape)}", f"[{x.shape[1]}]")

@@ -24,6 +24,15 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Fusion to multiply-adds is said, for Triton is about to change its default."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
 
 def slug(device_name: str) -> str:
     """The file of a device's table: `NVIDIA H200` is `nvidia_h200`."""

@@ -38,10 +38,12 @@ def aligned(rows: Shaped[Tensor, "n d_model"]) -> Shaped[Tensor, "n d_model"]:
 
 def require_aligned(rows: Shaped[Tensor, "n d_model"], name: str) -> None:
     """For what a kernel writes in place, where a copy would be written instead."""
-    if not is_aligned(rows):
+    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+    if overlap or not is_aligned(rows):
         raise ValueError(
             f"{name} has strides {tuple(rows.stride())} at address {rows.data_ptr()}; a kernel "
-            f"writing in place wants neighbouring elements and rows on multiples of {ALIGNMENT}. "
+            f"writing in place wants neighbouring elements and rows apart, on multiples of "
+            f"{ALIGNMENT}. "
             f"Pass an aligned tensor, or call the functional op."
         )
 

@@ -4,7 +4,7 @@ Sums are float32, or float64 for float64 rows; `h'` is rounded once. Scores are 
 before it is steered. A row whose request is -1 keeps every bit.
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from pvcore_kernels.reference import accumulator
 
 # Rows converted at a time: a scratch that stays in the cache, instead of a float32 copy of `h`.
 BLOCK = 256
+ADD_BLOCK = 32
 
 
 def project(
@@ -27,8 +28,8 @@ def project(
     picked = h if rows is None else h.index_select(0, rows)
     wide = accumulator(h.dtype)
     columns = v.to(wide).mT
-    if picked.dtype == wide:
-        return torch.mm(picked, columns, out=out)
+    if picked.dtype == wide or len(picked) <= BLOCK:
+        return torch.mm(picked.to(wide), columns, out=out)
     scores = h.new_empty(len(picked), len(v), dtype=wide) if out is None else out
     scratch = h.new_empty(min(BLOCK, len(picked)), h.shape[1], dtype=wide)
     for start in range(0, len(picked), BLOCK):
@@ -64,14 +65,14 @@ def steer_into(
     Rows of one request stand together in a prefill, and each run of them is one add. Where runs
     are short, as in decoding, the rows of `delta` are gathered.
     """
-    requests, lengths = torch.unique_consecutive(row, return_counts=True)
-    if len(requests) and int(requests.max()) >= len(delta):
-        raise IndexError(f"A row asks for request {int(requests.max())} of {len(delta)} in delta.")
+    runs = _runs(row)
+    if (last := max((request for request, _length in runs), default=-1)) >= len(delta):
+        raise IndexError(f"A row asks for request {last} of {len(delta)} in delta.")
     if out is not h:
         out.copy_(h)
-    if requests.numel() * 8 <= row.numel():
+    if len(runs) == 1 or len(runs) * 8 <= len(row):
         start = 0
-        for request, length in zip(requests.tolist(), lengths.tolist(), strict=True):
+        for request, length in runs:
             if request >= 0:
                 _add_to_run(out[start : start + length], delta[request])
             start += length
@@ -83,11 +84,21 @@ def steer_into(
         out[active] = (out[active] + delta[row[active].long()]).to(out.dtype)
 
 
+def _runs(row: Int[Tensor, " t"]) -> list[tuple[int, int]]:
+    """Neighbouring rows of one request, as requests and lengths; Python's loop wins on few rows."""
+    if len(row) <= BLOCK:
+        return [(request, len(list(same))) for request, same in groupby(row.tolist())]
+    requests, lengths = torch.unique_consecutive(row, return_counts=True)
+    return list(zip(requests.tolist(), lengths.tolist(), strict=True))
+
+
 def _add_to_run(run: Float[Tensor, "n d_model"], delta: Float[Tensor, " d_model"]) -> None:
     if run.dtype == delta.dtype:
         run += delta
         return
-    for block in torch.split(run, BLOCK):  # torch adds mixed dtypes by way of a whole float32 copy
+    for block in torch.split(
+        run, ADD_BLOCK
+    ):  # torch adds mixed dtypes by way of a whole float32 copy
         block.add_(delta)
 
 

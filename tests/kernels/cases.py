@@ -50,3 +50,24 @@ def assert_scores(got: Tensor, h: Tensor, v: Tensor) -> None:
     error = (got.double().cpu() - rows @ units.T).abs()
     assert got.shape == error.shape
     assert (error <= bound).all(), f"off by {float((error / bound).max()):.1f} bounds"
+
+
+def bounds(n_requests: int, n_vec: int, *, size: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Intervals `[request, vector]` around 0: scores of order one fall on both sides and between.
+
+    A small `size` leaves hardly a score where it is.
+    """
+    generator = torch.Generator().manual_seed(8)
+    low = -size * torch.rand(n_requests, n_vec, generator=generator)
+    return low, low + size * (0.2 + torch.rand(n_requests, n_vec, generator=generator))
+
+
+def clipped(
+    h: Tensor, v: Tensor, low: Tensor, high: Tensor, row: Tensor, inverse: Tensor
+) -> Tensor:
+    """One joint step in float64, from the description: each score sent into its interval."""
+    rows, units, at = h.cpu().double(), v.cpu().double(), row.cpu().clamp(min=0).long()
+    scores = rows @ units.T
+    wanted = torch.minimum(torch.maximum(scores, low.cpu().double()[at]), high.cpu().double()[at])
+    change = (wanted - scores) * (row.cpu() >= 0)[:, None]
+    return rows + change @ inverse.cpu() @ units

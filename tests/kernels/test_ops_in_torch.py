@@ -158,6 +158,10 @@ REFUSALS = {
     "no bounds": (lambda a: ops.segment_mean(a[0], a[6][:0]), "starting with 0"),
     "coefficients": (lambda a: ops.steer_project_tokens(a[0], a[1], a[3][:, :2]), "coefficient"),
     "score shape": (lambda a: ops.project_out(a[0], a[1], torch.empty(6, 2)), r"shape \(6, 3\)"),
+    "score strides": (
+        lambda a: ops.project_out(a[0], a[1], torch.empty(3, 6).T),
+        "contiguous in its last axis",
+    ),
     "score dtype": (lambda a: ops.project_out(a[0], a[1], a[3].half()), "float32"),
 }
 

@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 def test_nothing_imports_triton_before_a_kernel_is_launched():
     script = """
 import sys, torch, pvcore_kernels
-from pvcore_kernels import ops, paths
+from pvcore_kernels import ops
 h, v = torch.ones(2, 16), torch.ones(3, 16)
 assert ops.project(h, v).tolist() == [[16.0] * 3] * 2
-print(paths.path_taken(h.device, dtype=h.dtype, n_vec=3))
+print(pvcore_kernels.path_taken(h.device, dtype=h.dtype, n_vec=3))
 assert "triton" not in sys.modules, "triton was imported"
 """
     done = subprocess.run(
@@ -104,6 +104,8 @@ def test_askew_rows_are_copied_or_refused():
     assert aligned(straight) is straight
     with pytest.raises(ValueError, match="call the functional op"):
         require_aligned(h, "h")
+    with pytest.raises(ValueError, match="rows apart"):
+        require_aligned(torch.randn(1, 64).expand(4, 64), "h")
     require_aligned(straight, "h")
 
 

@@ -104,6 +104,5 @@ def project(
             BLOCK_T=tile.block_t,
             BLOCK_K=vectors,
             BLOCK_D=columns,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )

@@ -69,6 +69,5 @@ def segment_mean(
             D=d_model,
             BLOCK_T=tile.block_t,
             BLOCK_D=columns,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )

@@ -168,8 +168,7 @@ def steer(
             D=d_model,
             BLOCK_T=tile.block_t,
             BLOCK_D=columns,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
 
 
@@ -202,18 +201,13 @@ def steer_project(
             n_rows,
             n_vec,
             len(delta),
-            h.stride(0),
-            v.stride(0),
-            delta.stride(0),
-            out.stride(0),
-            scores.stride(0),
+            *(rows.stride(0) for rows in (h, v, delta, out, scores)),
             D=h.shape[1],
             WIDE=width == "wide",
             BLOCK_T=tile.block_t,
             BLOCK_K=block_k(n_vec),
             BLOCK_D=block_d(h.shape[1], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
 
 
@@ -250,6 +244,5 @@ def steer_project_tokens(
             BLOCK_T=tile.block_t,
             BLOCK_K=block_k(n_vec),
             BLOCK_D=block_d(h.shape[1], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
