@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def armed(point: Point) -> Callable[..., Reply]:
     model = pv.HookedModel(point.subject.fresh(), model_id="")
     prompts, plan = list(point.subject.ids), point.plan
 
-    def run(**extra: object) -> Reply:
+    def run(**extra: Any) -> Reply:
         with model.arm(plan) as seen:
             tokens = torch.stack(model.generate_ids(prompts, **point.subject.settings, **extra))
         return Reply(

@@ -85,6 +85,10 @@ class Seen:
     def traits(self) -> tuple[str, ...]:
         return tuple(self._bank.traits) if self._bank else ()
 
+    @property
+    def n_vec(self) -> int:
+        return len(self.traits)
+
     def __getitem__(self, trait: str) -> TraitScores:
         if self._bank is None:
             raise VectorError(f"got {trait!r}, but this plan watches nothing: give it monitor=bank")
@@ -153,6 +157,16 @@ class Seen:
             # A generation that failed has no sequences whose rows could be reported.
             self._records.pop(call, None)
 
+    def settle(self, call: Call) -> None:
+        """Bring the prompt's scores to the host, so that they take no device memory on the way."""
+        given = self._records[call].given
+        for site, scores in given.items():
+            given[site] = [torch.cat(scores, dim=1).cpu()]
+
+    def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of decode steps that an engine made without coming past `take`."""
+        self._records[call].steps.extend(steps.unbind(0))
+
     def newest(self) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made by the call that runs now."""
         return next(reversed(self._records.values())).newest(self.sites)
@@ -162,7 +176,13 @@ class Seen:
         return frame.start + frame.width > frame.call.mask.shape[1]
 
     def _placed(self, like: Tensor) -> Float[Tensor, "site n_vec d_model"]:
-        key = (like.device, accumulator(like.dtype))
+        return self.units(like.device, accumulator(like.dtype))
+
+    def units(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "site n_vec d_model"]:
+        """The unit rows of the bank, copied once to each device and dtype they meet."""
+        key = (device, dtype)
         if key not in self._units:
             assert self._bank is not None
             directions = self._bank.directions.double()

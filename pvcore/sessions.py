@@ -44,6 +44,24 @@ class Reader(Protocol):
         """The call is over; None when it failed."""
 
 
+@runtime_checkable
+class Scorer(Reader, Protocol):
+    """A reader that wants projections only, which a compiled decode step can make for it."""
+
+    @property
+    def n_vec(self) -> int: ...
+
+    def units(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "site n_vec d_model"]: ...
+
+    def settle(self, call: Call) -> None:
+        """The prompt of a call is done: what it showed may leave the device."""
+
+    def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of the next decode steps of a call, on the CPU."""
+
+
 class ForwardStopped(Exception):
     """Ends a forward at the deepest site that anybody asked for."""
 
@@ -173,6 +191,25 @@ class Run:
             )
 
 
+class Armings:
+    """Whether any plan is armed anywhere in the process.
+
+    Compilers cannot look into a context variable, but they can guard a plain attribute: a model
+    compiled while all is idle is compiled whole, and again when a plan is armed.
+    """
+
+    def __init__(self) -> None:
+        self.idle = True
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self._count += change
+            self.idle = self._count == 0
+
+
+ARMINGS = Armings()
 ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
 RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import count
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import Call, Outcome, begin_frame, running
 from pvcore.programs import SiteProgram
-from pvcore.sessions import ARMED, RUN, Reader, Recomputes, Run, Session, session_on
+from pvcore.resident import Resident, traces
+from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Recomputes, Run, Session, session_on
 from pvcore.sites import Site, resid_post, resid_pre
+from pvcore.turns import Turn
 
 
 def _inert(*_: Any, **__: Any) -> None:
@@ -34,10 +36,10 @@ class _Hook:
     Every block of every token passes through `__call__`, so a subclass keeps to few steps there.
     """
 
-    __slots__ = ("depth", "key", "recomputes", "site", "taps")
+    __slots__ = ("depth", "key", "name", "recomputes", "site", "taps")
 
     def __init__(self, taps: "Taps", site: Site) -> None:
-        self.taps, self.site, self.depth = taps, site, site.depth
+        self.taps, self.site, self.depth, self.name = taps, site, site.depth, str(site)
         self.key, self.recomputes = taps.key, taps.recomputes
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -66,15 +68,31 @@ _current_backward = torch._C._current_graph_task_id
 _NO_BACKWARD = -1
 
 
+@no_type_check
+def _asleep():
+    """Traced: nothing can be armed. With gradients a backward pass may still recompute a patch."""
+    return ARMINGS.idle and not torch.is_grad_enabled()
+
+
 class _Post(_Hook):
     """On a block's output, a bare tensor or the first item of a tuple."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if is_dynamo_compiling():
-            return _outside_graph(self._act, block, args, output)
+            if traces(self.key, self.name):
+                return self._traced(output)
+            return None if _asleep() else _outside_graph(self._act, block, args, output)
         if RUN.get() is None and not self.recomputes.runs:
             return None
         return self._act(block, args, output)
+
+    @no_type_check
+    def _traced(self, output):
+        if isinstance(output, Tensor):
+            return self.taps.resident.fire(self.name, output)
+        moved = self.taps.resident.fire(self.name, output[0])
+        return None if moved is None else (moved, *output[1:])
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run(block, args)
@@ -91,12 +109,22 @@ class _Post(_Hook):
 class _Pre(_Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_dynamo_compiling():
-            return _outside_graph(self._act, block, args, kwargs)
+            if traces(self.key, self.name):
+                return self._traced(args, kwargs)
+            return None if _asleep() else _outside_graph(self._act, block, args, kwargs)
         if RUN.get() is None and not self.recomputes.runs:
             return None
         return self._act(block, args, kwargs)
+
+    @no_type_check
+    def _traced(self, args, kwargs):
+        moved = self.taps.resident.fire(self.name, args[0] if args else kwargs["hidden_states"])
+        if moved is None:
+            return None
+        return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run(block, args)
@@ -119,9 +147,15 @@ class _Mid(_Hook):
     replaced input would change only what the MLP sees.
     """
 
+    @no_type_check
     def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
         if is_dynamo_compiling():
-            _outside_graph(self._act, args[0])
+            if traces(self.key, self.name):
+                moved = self.taps.resident.fire(self.name, args[0])
+                if moved is not None:
+                    args[0].copy_(moved)
+            elif not _asleep():
+                _outside_graph(self._act, args[0])
         elif RUN.get() is not None:
             self._act(args[0])
 
@@ -150,9 +184,11 @@ class _Begin(_Hook):
         super().__init__(taps, resid_pre(0))
         self.names = names
 
+    @no_type_check
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_dynamo_compiling():
-            _outside_graph(self._act, module, args, kwargs)
+            if not traces(self.key, "begin") and not _asleep():
+                _outside_graph(self._act, module, args, kwargs)
         elif ARMED.get() is not None or RUN.get() is not None:
             self._act(module, args, kwargs)
 
@@ -170,9 +206,13 @@ class _Begin(_Hook):
 class _End(_Hook):
     """On the decoder itself: closes the frame."""
 
+    @no_type_check
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if is_dynamo_compiling():
-            _outside_graph(self._act)
+            if traces(self.key, "end"):
+                self.taps.resident.finish()
+            elif not _asleep():
+                _outside_graph(self._act)
         elif RUN.get() is not None:
             self._act()
 
@@ -198,9 +238,13 @@ class Taps:
         self.decoder = decoder
         self.key = next(_KEYS)
         self.recomputes = Recomputes()
+        # What a compiled decode step traces into; the engine that compiles puts it here.
+        self.resident: Resident | None = None
+        self.turn = Turn()
         self._lock = threading.Lock()
         self._tapped: set[Site] = set()
         self._refuse_compiled("this model")
+        torch.compiler.assume_constant_result(traces)  # type: ignore[no-untyped-call]
         names = tuple(signature(decoder.owner.forward).parameters)
         with ExitStack() as undo:
             for layer, block in enumerate(decoder.blocks):
@@ -264,9 +308,11 @@ class Taps:
             outer=session_on(self.key),
         )
         token = ARMED.set({**(ARMED.get() or {}), self.key: session})
+        ARMINGS.count(1)
         try:
             yield session
         finally:
+            ARMINGS.count(-1)
             ARMED.reset(token)
             RUN.set(None)
         if session.forwards == 0:
