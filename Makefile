@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench report
+.PHONY: demo test check bench report test-triton-3.6.0
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -42,3 +42,10 @@ $(CORE) $(TESTS): pyproject.toml constraints.txt
 		grep -v '^triton==' constraints.txt > .venv/constraints.txt; \
 		$(INSTALL) -c .venv/constraints.txt -e ".$(EXTRA)"; }
 	@touch $@ $(CORE)
+
+# The same kernels under the older Triton that CUDA builds of torch still bring along.
+OLD_TRITON := 3.6.0
+test-triton-$(OLD_TRITON): $(TESTS)
+	@test -d .venv/triton-$(OLD_TRITON) || $(INSTALL) --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@PYTHONPATH=.venv/triton-$(OLD_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
+	@PYTHONPATH=.venv/triton-$(OLD_TRITON) $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/test_aot.py
