@@ -1,5 +1,6 @@
 """Read, watch and change the residual stream of language models along persona vectors."""
 
+from pvcore import formats as formats
 from pvcore.activations import Activations as Activations
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
