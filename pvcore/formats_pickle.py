@@ -1,7 +1,8 @@
 """Pickles: the only door to them. Zip files of `torch.save`, plain containers and tensors only.
 
 Before torch unpickles anything, the names in the pickle are compared with a list that is closed
-here: what a process added to torch's own list (`add_safe_globals`) opens nothing.
+here: what a process added to torch's own list (`add_safe_globals`) opens nothing. torch is given
+an archive built here from what was checked, never the one that came.
 """
 
 import io
@@ -20,24 +21,24 @@ from torch import Tensor
 from pvcore.errors import FormatError
 
 OLDEST_TORCH = (2, 10)
+PICKLE = "/data.pkl"
 # Far above any vector file (126 layers of width 16384 are 2 million numbers), far below a machine.
 MOST_NUMBERS = 2**26
 PLAIN = frozenset(
     {
         "collections OrderedDict",
+        "_codecs encode",  # how pickles of protocol 2 spell bytes
         "torch._utils _rebuild_tensor_v2",
         *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16")),
     }
 )
-# How NumPy 1 and 2 pickle one number, as in a threshold that was computed with NumPy.
-NUMPY = frozenset(
-    {
-        "numpy.core.multiarray scalar",
-        "numpy._core.multiarray scalar",
-        "numpy dtype",
-        "_codecs encode",
-    }
-)
+# How NumPy 1 and 2 pickle one number, as in a threshold that was computed with NumPy, and what is
+# called instead: names of our own, which mean nothing to what else unpickles in this process.
+NUMPY = {
+    "numpy.core.multiarray scalar": b"cpvcore\nnumpy_number\n",
+    "numpy._core.multiarray scalar": b"cpvcore\nnumpy_number\n",
+    "numpy dtype": b"cpvcore\nnumpy_dtype\n",
+}
 NUMPY_NUMBERS = {"f2": "<e", "f4": "<f", "f8": "<d", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q"}
 _allowing = threading.Lock()
 
@@ -48,22 +49,18 @@ def load(data: bytes) -> object:
     Raises `FormatError` for older torch, other classes, compressed or damaged files.
     """
     _require_torch()
-    names = _names(_pickle_of(data))
-    foreign = sorted(names - PLAIN - NUMPY)
-    if foreign:
+    entries = _entries(data)
+    (name,) = [name for name in entries if name.endswith(PICKLE)]
+    entries[name] = _vetted(entries[name])
+    try:
+        with _numpy_stand_ins():
+            return torch.load(_archive(entries), map_location="cpu", weights_only=True)
+    # Hostile bytes make the unpickler fail in any way: its stack machine trusts its input.
+    except Exception as error:
         raise FormatError(
-            f"got a pickle that asks for {', '.join(foreign)[:200]}; wanted plain containers and "
-            "tensors only, and nothing was run: save a dict of tensors with torch.save instead"
-        )
-    with _numpy_stand_ins() if names & NUMPY else _nothing():
-        try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        # Hostile bytes make the unpickler fail in any way: its stack machine trusts its input.
-        except Exception as error:
-            raise FormatError(
-                f"got a damaged torch file ({type(error).__name__}: {str(error)[:120]}); wanted it "
-                "as torch.save wrote it: copy it again"
-            ) from None
+            f"got a damaged torch file ({type(error).__name__}: {str(error)[:120]}); wanted it "
+            "as torch.save wrote it: copy it again"
+        ) from None
 
 
 def dump(value: object) -> bytes:
@@ -109,21 +106,21 @@ def _require_torch() -> None:
         )
 
 
-def _pickle_of(data: bytes) -> bytes:
-    """The one pickle of the archive. Compressed entries are refused: torch writes none."""
+def _entries(data: bytes) -> dict[str, bytes]:
+    """The entries of an archive with one pickle. torch compresses none, so none may be."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            packed = [entry.filename for entry in entries if entry.compress_type]
-            claimed = sum(entry.file_size for entry in entries)
-            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            listed = archive.infolist()
+            packed = [entry.filename for entry in listed if entry.compress_type]
+            claimed = sum(entry.file_size for entry in listed)
+            pickles = [entry for entry in listed if entry.filename.endswith(PICKLE)]
             if packed or claimed > len(data) or len(pickles) != 1:
                 raise FormatError(
                     f"got a zip file with {len(pickles)} data.pkl, {len(packed)} compressed "
                     f"entries and {claimed} bytes claimed in {len(data)}; wanted it as torch.save "
                     "writes it"
                 )
-            return archive.read(pickles[0])
+            return {entry.filename: archive.read(entry) for entry in listed}
     except FormatError:
         raise
     except Exception as error:  # zipfile raises a dozen types on damaged archives
@@ -133,21 +130,40 @@ def _pickle_of(data: bytes) -> bytes:
         ) from None
 
 
-def _names(pickled: bytes) -> set[str]:
-    """Every global the pickle asks for, found without running it."""
-    names: set[str] = set()
+def _archive(entries: dict[str, bytes]) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    buffer.seek(0)
+    return buffer
+
+
+def _vetted(pickled: bytes) -> bytes:
+    """The pickle with NumPy's names replaced by ours; `FormatError` for names on no list."""
+    pieces, taken, foreign = [], 0, set()
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name in {"GLOBAL", "INST"}:
-                names.add(str(argument))
+        for opcode, argument, at in pickletools.genops(pickled):
+            if opcode.name == "GLOBAL" and argument in NUMPY:
+                start = at or 0  # None for streams that cannot tell; bytes can
+                pieces += [pickled[taken:start], NUMPY[argument]]
+                taken = start + len(f"c{argument}\n")
             elif opcode.name in {"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}:
-                names.add(opcode.name)  # a name put together at run time is on no list
+                foreign.add(opcode.name)  # a name put together at run time is on no list
+            elif opcode.name in {"GLOBAL", "INST"} and argument not in PLAIN:
+                foreign.add(str(argument))
     except Exception as error:  # as for any bytes that are no pickle
         raise FormatError(
             f"got a damaged pickle ({str(error)[:120]}); wanted it as torch.save wrote it: "
             "copy the file again"
         ) from None
-    return names
+    if foreign:
+        raise FormatError(
+            f"got a pickle that asks for {', '.join(sorted(foreign))[:200]}; wanted plain "
+            "containers and tensors only, and nothing was run: save a dict of tensors with "
+            "torch.save instead"
+        )
+    return b"".join([*pieces, pickled[taken:]])
 
 
 @dataclass(slots=True)
@@ -174,16 +190,10 @@ def _numpy_number(dtype: Any, raw: Any) -> float | int:
 
 @contextmanager
 def _numpy_stand_ins() -> Iterator[None]:
-    """Let torch read NumPy numbers through our own classes, in one thread at a time."""
+    """Let torch read NumPy's numbers through our own classes, in one thread at a time."""
     ours: list[Any] = [
-        (_NumpyDtype, "numpy.dtype"),
-        (_numpy_number, "numpy.core.multiarray.scalar"),
-        (_numpy_number, "numpy._core.multiarray.scalar"),
+        (_NumpyDtype, "pvcore.numpy_dtype"),
+        (_numpy_number, "pvcore.numpy_number"),
     ]
     with _allowing, torch.serialization.safe_globals(ours):
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -354,10 +354,14 @@ def test_older_torch_opens_no_pickle(
         formats.read(path)
 
 
-def test_numpy_numbers_come_out_as_plain_ones() -> None:
-    allowed = torch.serialization.get_safe_globals()
-    for number in (np.float64(2.5), np.float32(0.25), np.int64(-3), np.int8(4)):
-        found = formats_pickle.load(formats_pickle.dump({"number": number}))
-        assert found == {"number": number.item()}
-        assert type(found["number"]) in {int, float}  # type: ignore[index]
-    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+@pytest.mark.parametrize("open_to_all", [[], [np.dtype, np.dtypes.Float64DType]])
+def test_numpy_numbers_come_out_as_plain_ones(open_to_all: list[Any]) -> None:
+    """Also where a process has let torch unpickle NumPy itself; its list is left as it was."""
+    with torch.serialization.safe_globals(open_to_all):
+        allowed = set(torch.serialization.get_safe_globals())
+        for number in (np.float64(2.5), np.float32(0.25), np.int64(-3), np.int8(4)):
+            found = formats_pickle.load(formats_pickle.dump({"number": number}))
+            assert found == {"number": number.item()}
+            assert type(found["number"]) in {int, float}  # type: ignore[index]
+        assert set(torch.serialization.get_safe_globals()) == allowed
+        assert allowed >= set(open_to_all)
