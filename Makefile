@@ -12,8 +12,10 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 demo: $(CORE)
 	@$(BIN)/pvcore demo
 
-# Tests come last, so that pytest's summary is the last line on the screen.
+# Tests come last, so that pytest's summary is the last line on the screen. The Triton interpreter
+# is chosen once a process, so the kernels' interpreter tests run before, in one of their own.
 test: check
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
 
 check: $(TESTS)

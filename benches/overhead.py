@@ -1,5 +1,6 @@
 """Overhead: what watching and steering cost while a model generates, beside plain transformers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import pvcore as pv
 from benches import record, rounds
-from benches.arms import Run, Task
+from benches.arms import Task
 from benches.arms_checks import check
 from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
 from benches.record import Cell, Check, Record
@@ -50,8 +51,9 @@ class Settings:
     model: str | None = None
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 16
-    new_tokens: int = 64
-    rounds: int = 60
+    # Short generations, many rounds: arms of a round stay close in time on a shared machine.
+    new_tokens: int = 24
+    rounds: int = 160
     seed: int = 0
 
 
@@ -152,7 +154,7 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
     }
 
 
-def stepping(arm: Run, *, on_gpu: bool) -> rounds.Job:
+def stepping(arm: Callable[..., object], *, on_gpu: bool) -> rounds.Job:
     """The arm, and how long its median decode step took: a burst elsewhere hits few steps."""
     from transformers import LogitsProcessorList
 

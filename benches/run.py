@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benches import overhead, reading, record, tables
+from benches import overhead, reading, record, scaling, tables
+from benches.peers import measure as peers
 from benches.record import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -52,6 +53,35 @@ def run_reading(quick: Quick = False, rounds: Rounds = None, out: Out = None) ->
         settings = replace(settings, rounds=rounds)
     command = _command("reading", quick, settings.rounds)
     _finish(lambda: reading.measure(settings, command=command), quick, out)
+
+
+@app.command("peers")
+def run_peers(
+    quick: Quick = False,
+    rounds: Rounds = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A peer by name; repeat it for several.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """pvcore and its peers at the same jobs, each in a process of its own."""
+    settings = peers.QUICK if quick else peers.Settings()
+    if only:
+        settings = replace(settings, peers=tuple(only))
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("peers", quick, settings.rounds)
+    _finish(lambda: peers.measure(settings, command=command), quick, out)
+
+
+@app.command("scaling")
+def run_scaling(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """Cost against vectors, layers, batch, context and distinct configurations."""
+    settings = scaling.QUICK if quick else scaling.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("scaling", quick, settings.rounds)
+    _finish(lambda: scaling.measure(settings, command=command), quick, out)
 
 
 def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:

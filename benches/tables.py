@@ -33,7 +33,8 @@ def summary(record: Record) -> str:
             line = [row, *map(_spread, known)]
             lines.append([*line, _bound(wanted)] if targets else line)
         parts.append(table(head, lines))
-    reasons = dict.fromkeys(cell.reason for cell in record.cells.values() if cell.reason)
+    failed = [cell for cell in record.cells.values() if cell.status == "failed"]
+    reasons = dict.fromkeys(cell.reason for cell in failed if cell.reason)
     parts += [f"No figures, because a check failed: {reason}." for reason in reasons]
     parts.append(_where(record))
     return "\n\n".join(parts)

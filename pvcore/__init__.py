@@ -7,6 +7,7 @@ from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
 from pvcore.extraction import extract as extract
+from pvcore.graph import Graph as Graph
 from pvcore.interventions import Ablate as Ablate
 from pvcore.interventions import Add as Add
 from pvcore.interventions import Cap as Cap

@@ -14,7 +14,7 @@ from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.moments import Moments
-from pvcore.sessions import ForwardStopped
+from pvcore.sessions import ForwardStopped, Take
 from pvcore.sites import Site
 from pvcore.spans import Span
 from pvcore.taps import Taps
@@ -69,11 +69,12 @@ class _Pool:
     def before(self) -> bool:
         return self._before
 
-    def begin(self, frame: Frame) -> None:
+    def begin(self, frame: Frame) -> Take:
         """Nothing to prepare: ranges were worked out from the tokens."""
+        return self._take
 
-    def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
-        h = h.detach()
+    def _take(self, place: int, h: Float[Tensor, "batch pos d_model"]) -> None:
+        site, h = self._sites[place], h.detach()
         self.dtype = accumulator(h.dtype)
         starts, ends = zip(*self._ranges, strict=True)
         if self._reduce == "mean":

@@ -54,6 +54,8 @@ class Outcome:
     lengths: Int[Tensor, " sequence"]
 
 
+# Under which a call keeps the columns its recurrent state has seen.
+_COUNTED = object()
 _NO_CALLS: Mapping[int, Call] = MappingProxyType({})
 _DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
 _FOREIGN: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_foreign", default=_NO_CALLS)
@@ -132,10 +134,10 @@ def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Fram
             "tell its conversations apart: run it with one row per conversation"
         )
     batch, width = int(tokens.shape[0]), int(tokens.shape[1])
-    cache = given.get("past_key_values")
-    start = 0 if cache is None else int(cache.get_seq_length())
     call = _DECLARED.get().get(owner)
     declared = call is not None
+    cache = given.get("past_key_values", given.get("cache_params"))
+    start = 0 if cache is None else _columns_in(cache, owner, call, width)
     if call is None:
         call = _foreign_call(owner, given.get("attention_mask"), batch, start, width, training)
     if len(call.rows) != batch:
@@ -144,6 +146,28 @@ def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Fram
             "contrastive decoding reorders rows: use greedy, sampling or beam search"
         )
     return Frame(call, batch, start, width, declared)
+
+
+def _columns_in(cache: Any, owner: int, call: Call | None, width: int) -> int:
+    """How many columns a cache holds. A recurrent state does not say, so its calls are counted."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        pass
+    if call is None and _generation_phase() == "decode":
+        call = _FOREIGN.get().get(owner)
+    if not cache.has_previous_state():
+        start = 0
+    elif call is None:
+        raise HookError(
+            "got a forward on a recurrent state that was filled elsewhere, which does not say how "
+            "many tokens it has seen; run the model through model.generate(...)"
+        )
+    else:
+        start = call.steady.get(_COUNTED, call.mask.shape[1])
+    if call is not None:
+        call.steady[_COUNTED] = start + width
+    return start
 
 
 def _foreign_call(

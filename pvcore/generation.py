@@ -6,6 +6,7 @@ every forward knows its rows and where its prompts end.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from pvcore.chats import Batch
 from pvcore.errors import PlanError
 from pvcore.frames import Call, Outcome
+from pvcore.graph import Graph, GraphEngine
 from pvcore.taps import Taps
 
 _OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
@@ -74,6 +76,7 @@ class Request:
     pad_id: int
     device: torch.device
     settings: dict[str, Any]
+    graph: tuple[GraphEngine, Graph] | None = None
 
     def __post_init__(self) -> None:
         ours = sorted(_OURS & set(self.settings))
@@ -83,10 +86,10 @@ class Request:
                 "fills these in itself"
             )
         unordered = [name for name in _UNORDERED if self._setting(name) is not None]
-        if unordered and self.taps.is_armed():
+        if unordered and (self.graph is not None or self.taps.is_armed()):
             raise PlanError(
-                f"got {', '.join(unordered)} while a plan is armed; such decoding takes positions "
-                "back: use greedy, sampling or beam search"
+                f"got {', '.join(unordered)} while a plan is armed or with engine='graph'; such "
+                "decoding takes positions back: use greedy, sampling or beam search"
             )
 
     def _setting(self, name: str) -> Any:
@@ -116,7 +119,7 @@ class Request:
         )
         settings, ends = self._prepared(watcher, len(call.rows))
         with self.taps.calling(call) as outcomes:
-            output = self.hf.generate(
+            output = self._generate(call, watcher is not None)(
                 input_ids=self.batch.ids.to(self.device),
                 attention_mask=self.batch.mask.long().to(self.device),
                 return_dict_in_generate=True,
@@ -133,6 +136,13 @@ class Request:
         return Generated(
             sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist(), strict=True))
         )
+
+    def _generate(self, call: Call, paced: bool) -> Callable[..., Any]:
+        if self.graph is None:
+            generate: Callable[..., Any] = self.hf.generate
+            return generate
+        engine, graph = self.graph
+        return partial(engine.generate, graph, call, self._setting, paced)
 
     def _prepared(
         self, watcher: Watcher | None, n_rows: int

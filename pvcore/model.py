@@ -15,6 +15,7 @@ from pvcore.blocks import find_decoder
 from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
 from pvcore.generation import Generated, Request
+from pvcore.graph import Engine, Graph, GraphEngine, check_engine
 from pvcore.interventions import Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
@@ -46,6 +47,7 @@ class HookedModel:
         self.tokenizer = tokenizer
         self._decoder = find_decoder(hf)
         self._taps = taps_of(self._decoder)
+        self._graphs = GraphEngine(hf, self._taps)
         self._tracing = Tracing(hf, self._decoder, self._taps.is_armed)
         name = getattr(getattr(hf, "config", None), "name_or_path", "") or ""
         self.model_id = str(name) if model_id is None else model_id
@@ -229,21 +231,31 @@ class HookedModel:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return getattr(text, "max_position_embeddings", None)
 
-    def generate(self, chats: Chats, **settings: Any) -> list[str]:
+    def generate(
+        self, chats: Chats, *, engine: Engine | Graph | str = "eager", **settings: Any
+    ) -> list[str]:
         """The replies to the chats, one text per returned sequence.
 
-        `settings` are those of transformers' `generate`.
+        `settings` are those of transformers' `generate`. `engine="graph"` decodes on a static cache
+        with a compiled step (CUDA graphs on CUDA), under the same plans with the same results. The
+        first call of each structure compiles, and threads take turns. `HookError` inside an open
+        stream of that engine, which would never give its turn away.
         """
         if self.tokenizer is None:
             raise ChatError("got no tokenizer to write text with; use generate_ids for token ids")
-        sequences = self._request(chats, settings).run().sequences
+        sequences = self._request(chats, settings, engine).run().sequences
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
 
-    def generate_ids(self, chats: Chats, **settings: Any) -> list[Int[Tensor, " _"]]:
+    def generate_ids(
+        self, chats: Chats, *, engine: Engine | Graph | str = "eager", **settings: Any
+    ) -> list[Int[Tensor, " _"]]:
         """The new token ids of each returned sequence, up to and including its end token."""
-        return list(self._request(chats, settings).run().sequences)
+        return list(self._request(chats, settings, engine).run().sequences)
 
-    def _request(self, chats: Chats, settings: dict[str, Any]) -> Request:
+    def _request(
+        self, chats: Chats, settings: dict[str, Any], engine: Engine | Graph | str
+    ) -> Request:
+        graph = check_engine(engine)
         self._tracing.refuse_inside("a generation")
         encoded = self._encoded(chats, for_generation=True)
         pad_id = chat_ids.pad_id(self.tokenizer)
@@ -255,6 +267,7 @@ class HookedModel:
             pad_id=pad_id,
             device=self.device,
             settings=settings,
+            graph=None if graph is None else (self._graphs, graph),
         )
 
     def stream(
@@ -264,6 +277,7 @@ class HookedModel:
         *,
         alarms: Mapping[str, int | float] | None = None,
         check_model: bool = True,
+        engine: Engine | Graph | str = "eager",
         **settings: Any,
     ) -> Iterator[Step]:
         """Generate token by token, with projections and alarms.
@@ -274,7 +288,7 @@ class HookedModel:
         """
         if self.tokenizer is None:
             raise ChatError("got no tokenizer to write text with; stream needs one")
-        request = self._request(chats, settings)
+        request = self._request(chats, settings, engine)
         if request.copies > 1:
             raise PlanError("got beams or several sequences per chat; stream follows one per chat")
         plan = None if bank is None else Plan(monitor=bank)

@@ -14,6 +14,7 @@ from torch import Tensor
 import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
 from pvcore.frames import Call, Frame, Outcome
+from pvcore.sessions import Take
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
 from pvcore_kernels.reference import accumulator
@@ -74,6 +75,7 @@ class Seen:
         self._bank = bank
         self._records: dict[Call, _Record] = {}
         self._units: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._one_device: bool | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -82,6 +84,10 @@ class Seen:
     @property
     def traits(self) -> tuple[str, ...]:
         return tuple(self._bank.traits) if self._bank else ()
+
+    @property
+    def n_vec(self) -> int:
+        return len(self.traits)
 
     def __getitem__(self, trait: str) -> TraitScores:
         if self._bank is None:
@@ -96,41 +102,53 @@ class Seen:
         steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
         return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
 
-    def begin(self, frame: Frame) -> None:
+    def begin(self, frame: Frame) -> Take:
         if not frame.declared and (frame.call.generating or frame.start > 0):
             raise HookError(
                 "got a generation that pvcore does not run, whose beams and ends cannot be known; "
                 "monitor it with model.generate(...) or model.stream(...)"
             )
-        frame.notes[self] = self._records.get(frame.call) or _Record(call=frame.call)
-
-    def take(self, site: Site, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
-        record: _Record = frame.notes[self]
-        if self._stepping(frame):
-            record.rows.append(h if frame.width == 1 else h[:, -1:])
-        else:
-            scores = kernels.project(h.detach(), self._placed(h)[self.sites.index(site)])
-            if site not in record.given:
-                # Columns that a cache handed over were never seen here.
-                unseen = scores.new_full((len(scores), frame.start, scores.shape[-1]), torch.nan)
-                record.given[site] = [unseen]
-            record.given[site].append(scores)
+        record = self._records.get(frame.call) or _Record(call=frame.call)
+        frame.notes[self] = record
+        rows: list[Tensor] = []
+        record.rows = rows
+        if not self._stepping(frame):
+            return lambda place, h: self._score_given(record, place, h, frame.start)
+        # Sites come in their own order, so that inserting each at its place appends it.
+        return rows.insert if frame.width == 1 else lambda place, h: rows.insert(place, h[:, -1:])
 
     def end(self, frame: Frame) -> None:
         record: _Record = frame.notes[self]
         self._records[frame.call] = record
-        if not self._stepping(frame):
-            return
-        rows, record.rows = record.rows, []
-        if len({row.device for row in rows}) == 1:
-            newest = torch.stack(rows).detach().squeeze(2)
-            record.steps.append(kernels.project_layers(newest, self._placed(newest)))
-        else:
-            scores = [
-                kernels.project(row.detach().squeeze(1), self._placed(row)[site]).cpu()
-                for site, row in enumerate(rows)
-            ]
-            record.steps.append(torch.stack(scores))
+        if record.rows:
+            record.steps.append(self._scored(record.rows))
+
+    def _score_given(
+        self, record: _Record, place: int, h: Float[Tensor, "batch pos d_model"], start: int
+    ) -> None:
+        """Score a prompt, or a chunk of one, where it stands."""
+        site = self.sites[place]
+        scores = kernels.project(h.detach(), self._placed(h)[place])
+        if site not in record.given:
+            # Columns that a cache handed over were never seen here.
+            unseen = scores.new_full((len(scores), start, scores.shape[-1]), torch.nan)
+            record.given[site] = [unseen]
+        record.given[site].append(scores)
+
+    def _scored(
+        self, rows: Sequence[Float[Tensor, "batch 1 d_model"]]
+    ) -> Float[Tensor, "site batch n_vec"]:
+        """The newest rows of all layers scored at once, or one by one where devices differ."""
+        if self._one_device is None:
+            self._one_device = len({row.device for row in rows}) == 1
+        if self._one_device:
+            newest = torch.cat(list(rows), dim=1).transpose(0, 1)
+            return kernels.project_layers(newest, self._placed(newest)).detach()
+        scores = [
+            kernels.project(row.detach().squeeze(1), self._placed(row)[place]).cpu()
+            for place, row in enumerate(rows)
+        ]
+        return torch.stack(scores)
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         if outcome is not None:
@@ -138,6 +156,16 @@ class Seen:
         elif call.generating:
             # A generation that failed has no sequences whose rows could be reported.
             self._records.pop(call, None)
+
+    def settle(self, call: Call) -> None:
+        """Bring the prompt's scores to the host, so that they take no device memory on the way."""
+        given = self._records[call].given
+        for site, scores in given.items():
+            given[site] = [torch.cat(scores, dim=1).cpu()]
+
+    def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of decode steps that an engine made without coming past `take`."""
+        self._records[call].steps.extend(steps.unbind(0))
 
     def newest(self) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made by the call that runs now."""
@@ -148,7 +176,13 @@ class Seen:
         return frame.start + frame.width > frame.call.mask.shape[1]
 
     def _placed(self, like: Tensor) -> Float[Tensor, "site n_vec d_model"]:
-        key = (like.device, accumulator(like.dtype))
+        return self.units(like.device, accumulator(like.dtype))
+
+    def units(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "site n_vec d_model"]:
+        """The unit rows of the bank, copied once to each device and dtype they meet."""
+        key = (device, dtype)
         if key not in self._units:
             assert self._bank is not None
             directions = self._bank.directions.double()

@@ -22,7 +22,28 @@ Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Joint:
+class Shift:
+    """A program that only adds: one row for each row of the batch, or one for all.
+
+    `touched` marks the tokens it may change; None means every one.
+    """
+
+    total: Float[Tensor, "#batch #pos d_model"]
+    touched: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joint:
+    """A program that reads the projections: its unit rows, their Gram matrix and its steps."""
+
+    units: Float[Tensor, "n_vec d_model"]
+    gram: Float[Tensor, "n_vec n_vec"]
+    steps: tuple[kernels.Step, ...]
+    touched: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Coupled:
     """One intervention at the program's site: which of its vectors, and how they are coupled."""
 
     what: Intervention
@@ -46,7 +67,7 @@ class SiteProgram:
         self._only_adds = all(isinstance(one, Add) for one in here)
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
-    def _couple(self, one: Intervention, directions: list[Tensor]) -> _Joint:
+    def _couple(self, one: Intervention, directions: list[Tensor]) -> _Coupled:
         """Register the intervention's vectors, each direction once, and invert their Gram."""
         traits: dict[int, str] = {}
         index: list[int] = []
@@ -59,7 +80,7 @@ class SiteProgram:
             traits.setdefault(index[-1], vector.trait)
         if isinstance(one, Add):
             # Equal directions under two names are added twice; joint steps need distinct ones.
-            return _Joint(what=one, index=tuple(index), gram_inverse=None)
+            return _Coupled(what=one, index=tuple(index), gram_inverse=None)
         rows = torch.stack([directions[k] for k in traits]).double()
         inverse, condition = kernels.joint_inverse(rows / rows.norm(dim=1, keepdim=True))
         if condition > MAX_CONDITION:
@@ -68,7 +89,7 @@ class SiteProgram:
                 f"({', '.join(traits.values())}; condition {condition:.1e}, at most "
                 f"{MAX_CONDITION:.0e}): leave one out, or use one step for each"
             )
-        return _Joint(what=one, index=tuple(traits), gram_inverse=inverse)
+        return _Coupled(what=one, index=tuple(traits), gram_inverse=inverse)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         key = (device, dtype)
@@ -93,32 +114,44 @@ class SiteProgram:
         return h if move is None else move(h)
 
     def _resolve(self, h: Tensor, frame: Frame) -> Move | None:
+        found = self.resolve(h.device, h.dtype, frame)
+        if found is None:
+            return None
+        touched = found.touched
+        if isinstance(found, Shift):
+            total = found.total
+            return lambda h: kernels.add(h, total, touched)
+        units, gram, steps = found.units, found.gram, found.steps
+        return lambda h: kernels.intervene(h, units, gram, steps, touched)
+
+    def resolve(
+        self, device: torch.device, dtype: torch.dtype, frame: Frame
+    ) -> Shift | Joint | None:
+        """What to do to the residual of a frame, as numbers; None where no step reaches it."""
         chosen = [(step, frame.select(step.what.span)) for step in self._steps]
         steps = [step for step, selected in chosen if selected is not False]
         if not steps:
             return None
-        acc = accumulator(h.dtype)
-        here = self.on(h.device, acc)
+        acc = accumulator(dtype)
+        here = self.on(device, acc)
         masks = [
-            selected[..., None].to(h.device) if isinstance(selected, Tensor) else None
+            selected[..., None].to(device) if isinstance(selected, Tensor) else None
             for _, selected in chosen
             if selected is not False
         ]
         real = [mask for mask in masks if mask is not None]
         touched = torch.stack(real).any(0) if len(real) == len(masks) else None
         if self._only_adds:
-            total = self._total_delta(steps, masks, here, frame)
-            return lambda h: kernels.add(h, total, touched)
-        program = [
+            return Shift(total=self._total_delta(steps, masks, here, frame), touched=touched)
+        program = tuple(
             self._kernel_step(step, None if mask is None else mask.to(acc), here, frame)
             for step, mask in zip(steps, masks, strict=True)
-        ]
-        units, gram = here["units"], here["gram"]
-        return lambda h: kernels.intervene(h, units, gram, program, touched)
+        )
+        return Joint(units=here["units"], gram=here["gram"], steps=program, touched=touched)
 
     def _total_delta(
         self,
-        steps: Sequence[_Joint],
+        steps: Sequence[_Coupled],
         masks: Sequence[Tensor | None],
         here: dict[str, Tensor],
         frame: Frame,
@@ -130,7 +163,7 @@ class SiteProgram:
         return sum(deltas[1:], start=deltas[0])
 
     def _delta(
-        self, step: _Joint, here: dict[str, Tensor], frame: Frame
+        self, step: _Coupled, here: dict[str, Tensor], frame: Frame
     ) -> Float[Tensor, "#batch 1 d_model"]:
         assert isinstance(step.what, Add)
         coeff = self._amount(step.what.coeff, here["raw"], frame)
@@ -146,7 +179,7 @@ class SiteProgram:
         return like.new_tensor(rows)[frame.call.rows.to(like.device)][:, None, None]
 
     def _kernel_step(
-        self, step: _Joint, mask: Tensor | None, here: dict[str, Tensor], frame: Frame
+        self, step: _Coupled, mask: Tensor | None, here: dict[str, Tensor], frame: Frame
     ) -> kernels.Step:
         what, units = step.what, here["units"]
         if isinstance(what, Add):

@@ -5,10 +5,11 @@ A session belongs to the thread or task that armed it; a run of it belongs to on
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from pvcore.programs import SiteProgram
 from pvcore.sites import Site
 
 Rows = Float[Tensor, "batch pos d_model"]
+
+# Given a residual, and the place of its site among the reader's sites.
+Take = Callable[[int, Rows], None]
 
 
 @runtime_checkable
@@ -30,18 +34,44 @@ class Reader(Protocol):
     @property
     def before(self) -> bool: ...
 
-    def begin(self, frame: Frame) -> None: ...
+    def begin(self, frame: Frame) -> Take:
+        """What to call with each of this forward's residuals, in the order they come."""
 
-    def take(self, site: Site, h: Rows, frame: Frame) -> None: ...
-
-    def end(self, frame: Frame) -> None: ...
+    def end(self, frame: Frame) -> None:
+        """The forward is over, and every site was seen once."""
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         """The call is over; None when it failed."""
 
 
+@runtime_checkable
+class Scorer(Reader, Protocol):
+    """A reader that wants projections only, which a compiled decode step can make for it."""
+
+    @property
+    def n_vec(self) -> int: ...
+
+    def units(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "site n_vec d_model"]: ...
+
+    def settle(self, call: Call) -> None:
+        """The prompt of a call is done: what it showed may leave the device."""
+
+    def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of the next decode steps of a call, on the CPU."""
+
+
 class ForwardStopped(Exception):
     """Ends a forward at the deepest site that anybody asked for."""
+
+
+class _Look(NamedTuple):
+    """Which reader looks at a site, the site's place among its sites, and whether at the start."""
+
+    reader: int
+    place: int
+    before: bool
 
 
 class Session:
@@ -62,18 +92,21 @@ class Session:
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
         for site, program in programs.items():
             self.programs[site] = (*self.programs.get(site, ()), program)
-        at: dict[Site, tuple[Reader, ...]] = {}
-        for reader in self.readers:
-            for site in reader.sites:
-                at[site] = (*at.get(site, ()), reader)
+        looks: dict[Site, tuple[_Look, ...]] = {}
+        for index, reader in enumerate(self.readers):
+            for place, site in enumerate(reader.sites):
+                look = _Look(reader=index, place=place, before=reader.before)
+                looks[site] = (*looks.get(site, ()), look)
+        sites = sorted({*self.programs, *looks})
+        # By depth, because a number is found faster than a site, at every block of every token.
         self.work = {
-            site: (self.programs.get(site, ()), at.get(site, ())) for site in {*self.programs, *at}
+            site.depth: (self.programs.get(site, ()), looks.get(site, ())) for site in sites
         }
         # A monitor armed outside may look deeper than the read that wants to stop.
-        self.stop_at = None if stop_at is None else max(stop_at, *at)
-        self.expected = frozenset(
-            site for site in self.work if self.stop_at is None or site <= self.stop_at
-        )
+        deepest = None if stop_at is None else max(stop_at, *looks)
+        self.stop_at = None if deepest is None else deepest.depth
+        self.expected = tuple(site for site in sites if deepest is None or site <= deepest)
+        self.trail = [site.depth for site in self.expected]
         self.forwards = 0
 
     def count_forward(self) -> None:
@@ -92,55 +125,91 @@ class Session:
 class Run:
     """A session acting in one forward."""
 
-    __slots__ = ("ended", "fired", "frame", "owner", "session")
+    __slots__ = ("_shape", "_takes", "_trail", "ended", "frame", "owner", "session")
 
     def __init__(self, session: Session, frame: Frame, owner: int) -> None:
         self.session, self.frame, self.owner = session, frame, owner
-        self.fired: Counter[Site] = Counter()
+        self._takes = [reader.begin(frame) for reader in session.readers]
+        self._trail: list[int] = []
+        self._shape: torch.Size | None = None
         self.ended = False
 
-    def fire(self, site: Site, h: Tensor) -> Tensor | None:
+    def fire(self, depth: int, h: Tensor) -> Tensor | None:
         """Patch, then read. None leaves the residual as it is."""
-        session, frame = self.session, self.frame
-        work = session.work.get(site)
+        work = self.session.work.get(depth)
         if work is None:
             return None
-        programs, readers = work
+        programs, looks = work
+        rows = h if h.shape == self._shape else self._rows(depth, h)
+        moved = rows
+        for program in programs:
+            moved = program.apply(moved, self.frame)
+        if not self.ended:
+            # A block that runs again after its forward is a checkpoint being recomputed: the
+            # patch belongs to it, counts and readings were made the first time.
+            self._trail.append(depth)
+            for reader, place, before in looks:
+                self._takes[reader](place, rows if before else moved)
+        if depth == self.session.stop_at:
+            self.end()
+            raise ForwardStopped
+        if moved is rows:
+            return None
+        return moved if rows is h else moved.view(h.shape)
+
+    def _rows(self, depth: int, h: Tensor) -> Rows:
+        """The residual as `[batch, pos, d_model]`; checked once for all that have its shape."""
+        frame = self.frame
         rows = h if h.ndim == 3 else h.reshape(frame.batch, -1, h.shape[-1])
         if rows.shape[:2] != (frame.batch, frame.width):
+            site = next(site for site in self.session.expected if site.depth == depth)
             raise HookError(
                 f"got rows {list(h.shape)} at {site} in a forward of {frame.batch} rows and "
                 f"{frame.width} columns; packed rows cannot be told apart"
             )
-        moved = rows
-        for program in programs:
-            moved = program.apply(moved, frame)
-        if not self.ended:
-            # A block that runs again after its forward is a checkpoint being recomputed: the
-            # patch belongs to it, counts and readings were made the first time.
-            self.fired[site] += 1
-            for reader in readers:
-                reader.take(site, rows if reader.before else moved, frame)
-        if site == session.stop_at:
-            self.end()
-            raise ForwardStopped
-        return None if moved is rows else moved.view(h.shape)
+        self._shape = rows.shape
+        return rows
 
     def end(self) -> None:
         """Check that every site fired exactly once, then let the readers finish."""
-        wrong = {site for site in self.session.expected if self.fired[site] != 1}
-        if wrong:
-            counts = ", ".join(f"{site}: {self.fired[site]}" for site in sorted(wrong))
-            raise HookError(
-                f"got a forward in which armed sites did not fire once each ({counts}); the model "
-                "skipped or repeated blocks (layer drop, early exit): turn that off"
-            )
+        if self._trail != self.session.trail:
+            self._refuse_trail()
         self.ended = True
         self.session.count_forward()
         for reader in self.session.readers:
             reader.end(self.frame)
 
+    def _refuse_trail(self) -> None:
+        """Blocks may run in an order of their own, but each once."""
+        fired = Counter(self._trail)
+        wrong = [site for site in self.session.expected if fired[site.depth] != 1]
+        if wrong:
+            counts = ", ".join(f"{site}: {fired[site.depth]}" for site in wrong)
+            raise HookError(
+                f"got a forward in which armed sites did not fire once each ({counts}); the model "
+                "skipped or repeated blocks (layer drop, early exit): turn that off"
+            )
 
+
+class Armings:
+    """Whether any plan is armed anywhere in the process.
+
+    Compilers cannot look into a context variable, but they can guard a plain attribute: a model
+    compiled while all is idle is compiled whole, and again when a plan is armed.
+    """
+
+    def __init__(self) -> None:
+        self.idle = True
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self._count += change
+            self.idle = self._count == 0
+
+
+ARMINGS = Armings()
 ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
 RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
 
@@ -161,24 +230,22 @@ class Recomputes:
     LIMIT = 1 << 16
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[tuple[Site, int], Run] = OrderedDict()
+        # Public, because an idle tap looks at every block whether there are any.
+        self.runs: OrderedDict[tuple[Site, int], Run] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __bool__(self) -> bool:
-        return bool(self._runs)
 
     def remember(self, site: Site, given: Tensor, run: Run) -> None:
         with self._lock:
-            self._runs[site, given.data_ptr()] = run
-            self._runs.move_to_end((site, given.data_ptr()))
-            if len(self._runs) > self.LIMIT:
-                self._runs.popitem(last=False)
+            self.runs[site, given.data_ptr()] = run
+            self.runs.move_to_end((site, given.data_ptr()))
+            if len(self.runs) > self.LIMIT:
+                self.runs.popitem(last=False)
 
     def find(self, site: Site, given: Tensor) -> Run | None:
         """The run that patched the block given this tensor; None where nothing did."""
-        return self._runs.get((site, given.data_ptr()))
+        return self.runs.get((site, given.data_ptr()))
 
     def forget(self, site: Site, given: Tensor) -> None:
         """An unpatched forward was given this address: what was there before is gone."""
         with self._lock:
-            self._runs.pop((site, given.data_ptr()), None)
+            self.runs.pop((site, given.data_ptr()), None)

@@ -40,8 +40,9 @@ class Site:
         return self.depth < other.depth
 
     @property
-    def depth(self) -> tuple[int, int]:
-        return self.layer, KINDS.index(self.kind)
+    def depth(self) -> int:
+        """The rank of the site in a forward pass: a number that no other site has."""
+        return len(KINDS) * self.layer + KINDS.index(self.kind)
 
     @classmethod
     def parse(cls, text: str) -> "Site":

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from itertools import count
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import Call, Outcome, begin_frame, running
 from pvcore.programs import SiteProgram
-from pvcore.sessions import ARMED, RUN, Reader, Recomputes, Run, Session, session_on
+from pvcore.resident import Resident, traces
+from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Recomputes, Run, Session, session_on
 from pvcore.sites import Site, resid_post, resid_pre
+from pvcore.turns import Turn
 
 
 def _inert(*_: Any, **__: Any) -> None:
@@ -28,30 +31,32 @@ def _inert(*_: Any, **__: Any) -> None:
 
 
 class _Hook:
-    """A hook that copies and pickles as one that does nothing."""
+    """A hook that copies and pickles as one that does nothing.
 
-    __slots__ = ("site", "taps")
+    Every block of every token passes through `__call__`, so a subclass keeps to few steps there.
+    """
+
+    __slots__ = ("depth", "key", "name", "recomputes", "site", "taps")
 
     def __init__(self, taps: "Taps", site: Site) -> None:
-        self.taps, self.site = taps, site
+        self.taps, self.site, self.depth, self.name = taps, site, site.depth, str(site)
+        self.key, self.recomputes = taps.key, taps.recomputes
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_hook, ()
 
-    def _idle(self) -> bool:
-        return RUN.get() is None and not self.taps.recomputes
-
     def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Run | None:
         """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
-        if _in_backward():
-            return self.taps.recomputes.find(self.site, args[0]) if args else None
+        if _current_backward() != _NO_BACKWARD:
+            return self.recomputes.find(self.site, args[0]) if args else None
         run = RUN.get()
-        run = run if run is not None and run.owner == self.taps.key else None
-        if args and block.training and getattr(block, "gradient_checkpointing", False):
+        if run is not None and run.owner != self.key:
+            run = None
+        if block.training and args and getattr(block, "gradient_checkpointing", False):
             if run is not None and self.site in run.session.programs:
-                self.taps.recomputes.remember(self.site, args[0], run)
+                self.recomputes.remember(self.site, args[0], run)
             else:
-                self.taps.recomputes.forget(self.site, args[0])
+                self.recomputes.forget(self.site, args[0])
         return run
 
 
@@ -59,45 +64,79 @@ def _inert_hook() -> Any:
     return _inert
 
 
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+_current_backward = torch._C._current_graph_task_id
+_NO_BACKWARD = -1
+
+
+@no_type_check
+def _asleep():
+    """Traced: nothing can be armed. With gradients a backward pass may still recompute a patch."""
+    return ARMINGS.idle and not torch.is_grad_enabled()
 
 
 class _Post(_Hook):
     """On a block's output, a bare tensor or the first item of a tuple."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return None if self._idle() else _outside_graph(self._act, block, args, output)
+        if is_dynamo_compiling():
+            if traces(self.key, self.name):
+                return self._traced(output)
+            return None if _asleep() else _outside_graph(self._act, block, args, output)
+        if RUN.get() is None and not self.recomputes.runs:
+            return None
+        return self._act(block, args, output)
+
+    @no_type_check
+    def _traced(self, output):
+        if isinstance(output, Tensor):
+            return self.taps.resident.fire(self.name, output)
+        moved = self.taps.resident.fire(self.name, output[0])
+        return None if moved is None else (moved, *output[1:])
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         run = self._run(block, args)
         if run is None:
             return None
-        if torch.is_tensor(output):
-            return run.fire(self.site, output)
+        if isinstance(output, Tensor):
+            return run.fire(self.depth, output)
         if not (isinstance(output, tuple) and output and torch.is_tensor(output[0])):
             raise HookError(f"got a block output of type {type(output).__name__}; wanted a tensor")
-        moved = run.fire(self.site, output[0])
+        moved = run.fire(self.depth, output[0])
         return None if moved is None else (moved, *output[1:])
 
 
 class _Pre(_Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
+    @no_type_check
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if self._idle() else _outside_graph(self._act, block, args, kwargs)
+        if is_dynamo_compiling():
+            if traces(self.key, self.name):
+                return self._traced(args, kwargs)
+            return None if _asleep() else _outside_graph(self._act, block, args, kwargs)
+        if RUN.get() is None and not self.recomputes.runs:
+            return None
+        return self._act(block, args, kwargs)
+
+    @no_type_check
+    def _traced(self, args, kwargs):
+        moved = self.taps.resident.fire(self.name, args[0] if args else kwargs["hidden_states"])
+        if moved is None:
+            return None
+        return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
     def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run(block, args)
         if run is None:
             return None
-        moved = run.fire(self.site, args[0] if args else kwargs["hidden_states"])
+        moved = run.fire(self.depth, args[0] if args else kwargs["hidden_states"])
         if moved is None:
             return None
         after = resid_post(self.site.layer)
-        if _in_backward() and after in run.session.programs:
+        if _current_backward() != _NO_BACKWARD and after in run.session.programs:
             # A recomputed block that is patched at both ends meets its own patched input there.
-            self.taps.recomputes.remember(after, moved, run)
+            self.recomputes.remember(after, moved, run)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
 
@@ -108,13 +147,21 @@ class _Mid(_Hook):
     replaced input would change only what the MLP sees.
     """
 
+    @no_type_check
     def __call__(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if RUN.get() is not None:
-            _outside_graph(self._act, args[0])
+        if is_dynamo_compiling():
+            if traces(self.key, self.name):
+                moved = self.taps.resident.fire(self.name, args[0])
+                if moved is not None:
+                    args[0].copy_(moved)
+            elif not _asleep():
+                _outside_graph(self._act, args[0])
+        elif RUN.get() is not None:
+            self._act(args[0])
 
     def _act(self, h: Tensor) -> None:
         run = RUN.get()
-        if run is None or run.owner != self.taps.key or _in_backward():
+        if run is None or run.owner != self.key or _current_backward() != _NO_BACKWARD:
             return
         block = self.taps.decoder.blocks[self.site.layer]
         checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
@@ -123,7 +170,7 @@ class _Mid(_Hook):
                 f"got an intervention at {self.site} under gradient checkpointing, whose recompute "
                 "would miss it; act at resid_pre or resid_post, or turn checkpointing off"
             )
-        moved = run.fire(self.site, h)
+        moved = run.fire(self.depth, h)
         if moved is not None:
             h.copy_(moved)
 
@@ -137,41 +184,47 @@ class _Begin(_Hook):
         super().__init__(taps, resid_pre(0))
         self.names = names
 
+    @no_type_check
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if ARMED.get() is not None or RUN.get() is not None:
-            _outside_graph(self._act, module, args, kwargs)
+        if is_dynamo_compiling():
+            if not traces(self.key, "begin") and not _asleep():
+                _outside_graph(self._act, module, args, kwargs)
+        elif ARMED.get() is not None or RUN.get() is not None:
+            self._act(module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         RUN.set(None)
-        session = session_on(self.taps.key)
+        session = session_on(self.key)
         if session is None:
             return
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        frame = begin_frame(self.taps.key, given, training=module.training)
+        given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
+        frame = begin_frame(self.key, given, training=module.training)
         session.check_rows(frame)
-        for reader in session.readers:
-            reader.begin(frame)
-        RUN.set(Run(session, frame, self.taps.key))
+        RUN.set(Run(session, frame, self.key))
 
 
 class _End(_Hook):
     """On the decoder itself: closes the frame."""
 
+    @no_type_check
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if RUN.get() is not None:
-            _outside_graph(self._act)
+        if is_dynamo_compiling():
+            if traces(self.key, "end"):
+                self.taps.resident.finish()
+            elif not _asleep():
+                _outside_graph(self._act)
+        elif RUN.get() is not None:
+            self._act()
 
     def _act(self) -> None:
         run = RUN.get()
-        if run is not None and run.owner == self.taps.key and not run.ended:
+        if run is not None and run.owner == self.key and not run.ended:
             run.end()
 
 
 def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
-    """Call `act`; in a compiled model outside the graph, where plans stay ordinary data."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.disable(act)(*args)  # type: ignore[no-untyped-call]
-    return act(*args)
+    """Call `act` between the graphs of a compiled model, where plans stay ordinary data."""
+    return torch.compiler.disable(act)(*args)  # type: ignore[no-untyped-call]
 
 
 _KEYS = count()
@@ -185,9 +238,13 @@ class Taps:
         self.decoder = decoder
         self.key = next(_KEYS)
         self.recomputes = Recomputes()
+        # What a compiled decode step traces into; the engine that compiles puts it here.
+        self.resident: Resident | None = None
+        self.turn = Turn()
         self._lock = threading.Lock()
         self._tapped: set[Site] = set()
         self._refuse_compiled("this model")
+        torch.compiler.assume_constant_result(traces)  # type: ignore[no-untyped-call]
         names = tuple(signature(decoder.owner.forward).parameters)
         with ExitStack() as undo:
             for layer, block in enumerate(decoder.blocks):
@@ -251,9 +308,11 @@ class Taps:
             outer=session_on(self.key),
         )
         token = ARMED.set({**(ARMED.get() or {}), self.key: session})
+        ARMINGS.count(1)
         try:
             yield session
         finally:
+            ARMINGS.count(-1)
             ARMED.reset(token)
             RUN.set(None)
         if session.forwards == 0:

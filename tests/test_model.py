@@ -206,6 +206,30 @@ class TestCompiled:
             assert torch.allclose(logits(compiled), base, atol=1e-5)
         assert (wanted - base).abs().max() > 1e-2
 
+    def test_an_idle_model_compiles_whole_and_wakes_when_a_plan_is_armed(self):
+        hf, graphs = build("qwen2"), []
+        model, base = pv.HookedModel(hf), logits(hf)
+
+        def backend(module, _inputs):
+            graphs.append(module)
+            return module.forward
+
+        with model.steer(STEER):
+            wanted = logits(hf)
+        whole = torch.compile(hf, backend=backend, fullgraph=True)
+        assert torch.allclose(logits(whole), base, atol=1e-5)
+        with pytest.raises(torch._dynamo.exc.Unsupported), model.steer(STEER):
+            logits(whole)
+        compiled = torch.compile(hf, backend=backend)
+        assert torch.allclose(logits(compiled), base, atol=1e-5)
+        assert len(graphs) == 1
+        with model.steer(STEER):
+            assert torch.allclose(logits(compiled), wanted, atol=1e-5)
+        woken = len(graphs)
+        assert torch.allclose(logits(compiled), base, atol=1e-5)
+        assert len(graphs) == woken > 1
+        assert (wanted - base).abs().max() > 1e-2
+
     def test_other_coefficients_do_not_recompile(self):
         hf = build("qwen2")
         model = pv.HookedModel(hf)

@@ -11,6 +11,7 @@ PUBLIC = {
     "Alarm",
     "Cap",
     "Extraction",
+    "Graph",
     "HookedModel",
     "Judge",
     "JudgeFailure",

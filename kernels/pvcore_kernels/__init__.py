@@ -1,5 +1,6 @@
 """The mathematics of projection space, and the kernels that run it. Knows tensors, no models."""
 
+from pvcore_kernels.paths import path_taken as path_taken
 from pvcore_kernels.reference import AblateStep as AblateStep
 from pvcore_kernels.reference import AddStep as AddStep
 from pvcore_kernels.reference import CapStep as CapStep

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -180,7 +181,7 @@ def zero_changes_nothing(subject: Subject, vectors: Vectors, work: Workload) -> 
     """Greedy replies with every vector added at every layer 0 times, and then at full strength."""
     questions = subject.traits[0].trait.evaluation_questions[: work.steering_questions]
     chats = [chat(question) for question in questions]
-    settings = {"do_sample": False, "max_new_tokens": work.max_new_tokens}
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": work.max_new_tokens}
     plain = subject.model.generate_ids(chats, **settings)
     equal = []
     for dose in (0.0, max(work.coefficients)):

@@ -65,7 +65,10 @@ def _round(
 ) -> dict[str, float]:
     questions = subject.traits[0].trait.evaluation_questions
     chats = [[{"role": "user", "content": questions[row % len(questions)]}] for row in range(batch)]
-    exactly = {"min_new_tokens": work.timed_tokens, "max_new_tokens": work.timed_tokens}
+    exactly: dict[str, Any] = {
+        "min_new_tokens": work.timed_tokens,
+        "max_new_tokens": work.timed_tokens,
+    }
     labels = [*list(arms)[turn:], *list(arms)[:turn]]
     times = {}
     for label in labels:

@@ -170,7 +170,7 @@ def sample(
         + [{"role": "user", "content": question.text}]
         for question, system in zip(asked, systems, strict=True)
     ]
-    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(digest("sample", key) >> 1)
         sequences = model.generate_ids(chats, max_new_tokens=_MAX_NEW_TOKENS, **settings)

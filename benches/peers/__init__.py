@@ -1,0 +1,1 @@
+"""pvcore beside its peers: one adapter for each, run in a process of its own."""

@@ -1,0 +1,113 @@
+"""The CUDA side of every op on packed rows: plain torch, Triton or cuBLAS, by `paths.path`.
+
+Triton is imported by the first call that launches a kernel.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pvcore_kernels import rows as plain
+from pvcore_kernels.layout import empty_rows, is_aligned, require_aligned
+from pvcore_kernels.paths import path
+
+# Up to here one program per tile of rows would read a large bank all alone; the scores are then
+# split over vectors and the add is a launch of its own.
+SPLIT_ROWS, SPLIT_VECTORS = 16, 32
+
+
+def project_into(
+    out: Float[Tensor, "n k"],
+    h: Float[Tensor, "t d_model"],
+    v: Float[Tensor, "k d_model"],
+    rows: Int[Tensor, " n"] | None,
+) -> None:
+    match path(h.device, h.dtype, len(v)):
+        case "reference":
+            plain.project(h, v, rows, out=out)
+        case "cublas":
+            _multiply_into(out, h if rows is None else h.index_select(0, rows), v)
+        case "triton":
+            from pvcore_kernels.tiled.project import project
+
+            project(h, v, rows, out)
+
+
+def _multiply_into(
+    out: Float[Tensor, "n k"], h: Float[Tensor, "n d_model"], v: Float[Tensor, "k d_model"]
+) -> None:
+    """Sums in float32; a bank of another dtype than the rows widens both."""
+    if h.dtype == v.dtype and h.dtype != torch.float32:
+        torch.mm(h, v.mT, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(h.float(), v.float().mT, out=out)
+
+
+def segment_mean(
+    h: Float[Tensor, "t d_model"], cu_seqlens: Int[Tensor, " bounds"]
+) -> Float[Tensor, "segments d_model"]:
+    if path(h.device, h.dtype, 0) == "reference":
+        return plain.segment_mean(h, cu_seqlens)
+    from pvcore_kernels.tiled.segment import segment_mean as launch
+
+    out = h.new_empty(len(cu_seqlens) - 1, h.shape[1], dtype=torch.float32)
+    launch(h, cu_seqlens, out)
+    return out
+
+
+def moved_like(h: Float[Tensor, "t d_model"]) -> Float[Tensor, "t d_model"]:
+    """A contiguous output where that is aligned, else an aligned one to be made contiguous."""
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return out if is_aligned(out) else empty_rows(*h.shape, dtype=h.dtype, device=h.device)
+
+
+def steer_into(
+    out: Float[Tensor, "t d_model"],
+    h: Float[Tensor, "t d_model"],
+    delta: Float[Tensor, "b d_model"],
+    row: Int[Tensor, " t"],
+) -> None:
+    if path(h.device, h.dtype, 0) == "reference":
+        plain.steer_into(out, h, delta, row)
+        return
+    from pvcore_kernels.tiled.steer import steer
+
+    require_aligned(out, "h")
+    steer(h, delta, row, out)
+
+
+def steer_project_into(
+    out: Float[Tensor, "t d_model"],
+    scores: Float[Tensor, "t k"],
+    h: Float[Tensor, "t d_model"],
+    v: Float[Tensor, "k d_model"],
+    delta: Float[Tensor, "b d_model"],
+    row: Int[Tensor, " t"],
+) -> None:
+    """One launch where one program can hold all vectors; else the scores, and then the add."""
+    split = len(h) <= SPLIT_ROWS and len(v) > SPLIT_VECTORS
+    if split or len(v) == 0 or path(h.device, h.dtype, len(v)) != "triton":
+        project_into(scores, h, v, None)
+        steer_into(out, h, delta, row)
+        return
+    from pvcore_kernels.tiled.steer import steer_project
+
+    require_aligned(out, "h")
+    steer_project(h, v, delta, row, out, scores)
+
+
+def steer_project_tokens_into(
+    out: Float[Tensor, "t d_model"],
+    scores: Float[Tensor, "t k"],
+    h: Float[Tensor, "t d_model"],
+    v: Float[Tensor, "k d_model"],
+    c: Float[Tensor, "t k"],
+) -> None:
+    if len(v) == 0 or path(h.device, h.dtype, len(v)) != "triton":
+        project_into(scores, h, v, None)
+        plain.add_tokens_into(out, h, v, c)
+        return
+    from pvcore_kernels.tiled.steer import steer_project_tokens
+
+    require_aligned(out, "h")
+    steer_project_tokens(h, v, c, out, scores)

@@ -1,0 +1,42 @@
+"""Which of the three ways an op is computed: plain torch, Triton, or cuBLAS and a Triton add."""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from pvcore_kernels.launch import crossover, device_table
+
+Path = Literal["reference", "triton", "cublas"]
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def path(device: torch.device, dtype: torch.dtype, n_vec: int) -> Path:
+    """`dtype` is that of the rows; ops that project on nothing have `n_vec` 0."""
+    if device.type != "cuda" or dtype not in (*HALVES, torch.float32) or not triton_installed():
+        return "reference"
+    return "triton" if n_vec <= crossover(device) else "cublas"
+
+
+def path_taken(device: torch.device, *, dtype: torch.dtype, n_vec: int) -> str:
+    """In words, for a user: the path, and why it is that one."""
+    name = str(dtype).removeprefix("torch.")
+    match path(device, dtype, n_vec):
+        case "triton":
+            own = device_table(device)
+            tuned = "tuned/default.json, untuned" if own == "default" else f"tuned/{own}.json"
+            return f"Triton ({tuned}): {n_vec} vectors of {name} on {device}"
+        case "cublas":
+            return f"cuBLAS and a Triton add: {n_vec} vectors are more than {crossover(device)}"
+    if device.type != "cuda":
+        return f"plain torch: {device} is no CUDA device"
+    if not triton_installed():
+        return "plain torch: Triton is not installed"
+    return f"plain torch: no kernel is written for {name}"

@@ -1,0 +1,46 @@
+"""How an op gets into torch: one schema, a fake, one implementation per device, its gradients.
+
+To torch.compile an op is opaque: nothing traces into Triton, so no GPU is needed to compile.
+`Library` schemas rather than `custom_op`: a call on small rows costs 12 us instead of 27 us.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_LIBRARY = torch.library.Library("pvcore", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> OpOverload[..., Any]:
+    """Define `pvcore::<schema>`; ops that write into their arguments have no `backward`."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"pvcore::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"pvcore::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    op: OpOverload[..., Any] = getattr(torch.ops.pvcore, name).default
+    return op
+
+
+def refuse_gradients(op: str, *tensors: Tensor) -> None:
+    """An op that writes into its arguments would lose their gradients without a word."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"pvcore::{op} writes in place and got a tensor that requires grad; it has no "
+            f"gradients. Call it under torch.no_grad(), or call the functional op."
+        )

@@ -1,0 +1,325 @@
+"""Resident plans: an armed session as buffers at fixed addresses, for compiled decode steps.
+
+In decode every row of a forward is one reply token, so a plan is the same arithmetic at every step
+and only its numbers differ: they are written in place, and neither a changed coefficient nor
+another vector compiles or captures anything anew. The arithmetic is that of
+`pvcore_kernels.reference` in ops that inductor fuses with the norms around a site, which an opaque
+op would keep it from; and scoring all layers by address needs a table that no captured graph can
+make. Functions that a compiler traces carry `no_type_check`: the run-time type checker of the tests
+would break the graph.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+from torch import Tensor
+
+import pvcore_kernels as kernels
+from pvcore.errors import HookError
+from pvcore.frames import Call, Frame
+from pvcore.programs import Joint, Shift
+from pvcore.sessions import Scorer, Session
+from pvcore.sites import Site
+from pvcore_kernels.reference import accumulator
+
+RING_BYTES = 32 << 20
+RING_STEPS = 64
+_BEGIN, _END = "begin", "end"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Met:
+    """Where and in which precision a site's residual lives, as the prompt's forward met it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decode:
+    """What a session does in each decode step of one call."""
+
+    batch: int
+    moves: Mapping[Site, tuple[Shift | Joint, ...]]
+    scorers: tuple[Scorer, ...]
+    met: Mapping[Site, Met]
+
+    @classmethod
+    def of(cls, session: Session | None, call: Call, met: Mapping[Site, Met]) -> "Decode":
+        """The decode steps of `call` under a session.
+
+        `HookError` for readers that are no monitors and for sites on more than one device.
+        """
+        batch = len(call.rows)
+        sites = session.expected if session else ()
+        frame = Frame(call, batch, call.mask.shape[1], 1, True)
+        moves = {}
+        for site in sites:
+            programs = session.programs.get(site, ()) if session else ()
+            found = [p.resolve(met[site].device, met[site].dtype, frame) for p in programs]
+            moves[site] = tuple(one for one in found if one is not None)
+        readers = session.readers if session else ()
+        scorers = tuple(reader for reader in readers if isinstance(reader, Scorer))
+        if len(scorers) != len(readers):
+            raise HookError(
+                "got a reader that keeps residuals armed around engine='graph', which returns "
+                "scores only; read with model.read(...), or generate with engine='eager'"
+            )
+        devices = {str(one.device) for one in met.values()}
+        if len(devices) > 1:
+            raise HookError(
+                f"got armed sites on {', '.join(sorted(devices))}; engine='graph' keeps a plan on "
+                "one device: use engine='eager'"
+            )
+        return cls(batch=batch, moves=moves, scorers=scorers, met=met)
+
+    def structure(self) -> Hashable:
+        """What a compiled decode step depends on; plans that agree in it share one."""
+        return (
+            self.batch,
+            tuple((site, self.met[site], *map(_shape, self.moves[site])) for site in self.moves),
+            tuple((scorer.sites, scorer.n_vec) for scorer in self.scorers),
+        )
+
+
+def _shape(move: Shift | Joint) -> Hashable:
+    if isinstance(move, Shift):
+        return "shift"
+    steps = (
+        "add" if isinstance(step, kernels.AddStep) else ("clip", len(step.index))
+        for step in move.steps
+    )
+    return len(move.units), tuple(steps)
+
+
+def _fixed(like: Tensor, *shape: int) -> Tensor:
+    """A zeroed buffer whose address compilers and graphs may rely on."""
+    buffer = like.new_zeros(shape)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+class _Shifts:
+    """`h + delta`, rounded once; a row of zeros leaves its row as it is."""
+
+    def __init__(self, move: Shift, batch: int) -> None:
+        self.delta = _fixed(move.total, batch, 1, move.total.shape[-1])
+
+    def write(self, move: Shift) -> None:
+        self.delta.copy_(move.total.expand_as(self.delta))
+
+    @no_type_check
+    def __call__(self, h):
+        return (h + self.delta).to(h.dtype)
+
+
+class _AddsUnits:
+    """A step that adds to the coefficients of the unit rows."""
+
+    def __init__(self, like: Tensor, batch: int, n_vec: int) -> None:
+        self.shift = _fixed(like, batch, 1, n_vec)
+
+    def write(self, step: kernels.Step) -> None:
+        assert isinstance(step, kernels.AddStep)
+        self.shift.copy_(step.shift.expand_as(self.shift))
+
+    @no_type_check
+    def __call__(self, scores, total, gram):
+        return total + self.shift
+
+
+class _Clips:
+    """A joint step: projections sent into `[low, high]`; ablation is the interval `[0, 0]`."""
+
+    def __init__(self, like: Tensor, batch: int, n_step: int) -> None:
+        self.index = torch.zeros(n_step, dtype=torch.long, device=like.device)
+        torch._dynamo.mark_static_address(self.index)
+        self.inverse = _fixed(like, n_step, n_step)
+        self.low, self.high = _fixed(like, batch, 1, 1), _fixed(like, batch, 1, 1)
+
+    def write(self, step: kernels.Step) -> None:
+        assert not isinstance(step, kernels.AddStep)
+        self.index.copy_(torch.tensor(step.index))
+        self.inverse.copy_(step.gram_inverse)
+        if isinstance(step, kernels.AblateStep):
+            self.low.zero_()
+            self.high.zero_()
+            return
+        for buffer, bound, free in (
+            (self.low, step.low, -torch.inf),
+            (self.high, step.high, torch.inf),
+        ):
+            buffer.copy_(buffer.new_tensor(free) if bound is None else torch.as_tensor(bound))
+
+    @no_type_check
+    def __call__(self, scores, total, gram):
+        now = (scores + total @ gram).index_select(-1, self.index)
+        change = torch.minimum(torch.maximum(now, self.low), self.high) - now
+        moved = torch.zeros_like(scores).index_copy(-1, self.index, change @ self.inverse)
+        return total + moved
+
+
+class _Joints:
+    """One read of `h`, the steps in projection space, one write."""
+
+    def __init__(self, move: Joint, batch: int) -> None:
+        n_vec, d_model = move.units.shape
+        self.units, self.gram = _fixed(move.units, n_vec, d_model), _fixed(move.gram, n_vec, n_vec)
+        self.steps = tuple(
+            _AddsUnits(move.units, batch, n_vec)
+            if isinstance(step, kernels.AddStep)
+            else _Clips(move.units, batch, len(step.index))
+            for step in move.steps
+        )
+
+    def write(self, move: Joint) -> None:
+        self.units.copy_(move.units)
+        self.gram.copy_(move.gram)
+        for buffers, step in zip(self.steps, move.steps, strict=True):
+            buffers.write(step)
+
+    @no_type_check
+    def __call__(self, h):
+        scores = h.to(self.units.dtype) @ self.units.mT
+        total = torch.zeros_like(scores)
+        for step in self.steps:
+            total = step(scores, total, self.gram)
+        return (h + total @ self.units).to(h.dtype)
+
+
+class Watch:
+    """A monitor's buffers: the newest row of every site, unit rows, and a ring of scores.
+
+    Rows are collected as the blocks pass and scored all at once when the decoder ends. The ring
+    holds the newest `len(ring)` steps.
+    """
+
+    def __init__(self, scorer: Scorer, met: Met, batch: int, d_model: int) -> None:
+        n_sites, n_vec = len(scorer.sites), scorer.n_vec
+        like = torch.empty(0, dtype=accumulator(met.dtype), device=met.device)
+        step = n_sites * batch * n_vec * like.element_size()
+        self.rows = _fixed(like.to(met.dtype), n_sites, batch, d_model)
+        self.units = _fixed(like, n_sites, n_vec, d_model)
+        slots = min(max(RING_BYTES // step, 2), RING_STEPS)
+        self.ring = _fixed(like, slots, n_sites, batch, n_vec)
+
+    def write(self, scorer: Scorer) -> None:
+        self.units.copy_(scorer.units(self.units.device, self.units.dtype))
+
+    @property
+    def beside_bank(self) -> int:
+        """Bytes of device memory beside the unit rows."""
+        return sum(t.numel() * t.element_size() for t in (self.rows, self.ring))
+
+    @no_type_check
+    def score(self, step):
+        scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
+        slot = (step % self.ring.shape[0]).reshape(1)
+        self.ring.index_copy_(0, slot, scores[None])
+
+
+class _Spot:
+    """One site: its moves in order, and where monitors want its rows."""
+
+    def __init__(
+        self, moves: Sequence[_Shifts | _Joints], watched: Iterable[tuple[Watch, int]]
+    ) -> None:
+        self.moves, self.watched = tuple(moves), tuple(watched)
+
+
+class Resident:
+    """The buffers of one structure, and what the taps trace into a compiled decode step."""
+
+    def __init__(self, owner: int, plan: Decode, d_model: int, device: torch.device) -> None:
+        self.owner, self.batch = owner, plan.batch
+        self.step = torch.zeros((), dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(self.step)
+        self.watches = tuple(
+            Watch(scorer, plan.met[scorer.sites[0]], plan.batch, d_model) for scorer in plan.scorers
+        )
+        self.spots: dict[str, _Spot] = {}
+        for site, moves in plan.moves.items():
+            made = [
+                _Shifts(move, plan.batch) if isinstance(move, Shift) else _Joints(move, plan.batch)
+                for move in moves
+            ]
+            watched = [
+                (watch, scorer.sites.index(site))
+                for watch, scorer in zip(self.watches, plan.scorers, strict=True)
+                if site in scorer.sites
+            ]
+            self.spots[str(site)] = _Spot(made, watched)
+        self._passed: list[str] = []
+        self._unchecked = False
+
+    def write(self, plan: Decode) -> None:
+        """Take over the numbers of a plan of the same structure."""
+        for site, moves in plan.moves.items():
+            for buffers, move in zip(self.spots[str(site)].moves, moves, strict=True):
+                buffers.write(move)  # type: ignore[arg-type]
+        for watch, scorer in zip(self.watches, plan.scorers, strict=True):
+            watch.write(scorer)
+        self.step.zero_()
+
+    @no_type_check
+    def fire(self, name, h):
+        """Traced at every tap: patch, then collect. None leaves the residual as it is."""
+        spot = self.spots.get(name)
+        if spot is None:
+            return None
+        rows = h if h.ndim == 3 else h.reshape(self.batch, -1, h.shape[-1])
+        moved = rows
+        for move in spot.moves:
+            moved = move(moved)
+        for watch, index in spot.watched:
+            watch.rows[index].copy_(moved[:, -1])
+        return None if moved is rows else moved.view(h.shape)
+
+    @no_type_check
+    def finish(self):
+        """Traced where the decoder ends: score what was collected and count the step."""
+        for watch in self.watches:
+            watch.score(self.step)
+        self.step.add_(1)
+
+    def note(self, where: str) -> None:
+        """A compiler came past a tap. A trace may start over: only its last run counts."""
+        if where == _BEGIN:
+            self._passed.clear()
+        self._passed.append(where)
+        self._unchecked = True
+
+    def check_trace(self) -> None:
+        """`HookError` unless the compiled step runs every armed site exactly once."""
+        if not self._unchecked:
+            return
+        passed = Counter(self._passed)
+        wrong = {where for where in (*self.spots, _BEGIN, _END) if passed[where] != 1}
+        if wrong:
+            counts = ", ".join(f"{where}: {passed[where]}" for where in sorted(wrong))
+            raise HookError(
+                f"got a compiled decode step in which armed sites do not fire once each ({counts});"
+                " the model skips or repeats blocks: use engine='eager'"
+            )
+        self._unchecked = False
+
+
+TRACED: ContextVar[Resident | None] = ContextVar("pvcore_traced", default=None)
+
+
+@no_type_check
+def traces(owner, where):
+    """Whether a decode step of decoder `owner` is being traced here for a resident plan.
+
+    Run by the compiler itself, once for each tap and trace: the answer becomes part of the graph
+    (`Taps` marks it so, because the mark imports the compiler).
+    """
+    resident = TRACED.get()
+    if resident is None or resident.owner != owner:
+        return False
+    resident.note(where)
+    return True

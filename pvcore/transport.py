@@ -1,0 +1,118 @@
+"""Transport: scores of decode steps from the device's ring to the host, while it computes on."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pvcore.frames import Call
+from pvcore.resident import Watch
+from pvcore.sessions import Scorer
+
+
+class _Copied:
+    """Ring slots on their way to the host; `done` is None where the copy has been made."""
+
+    def __init__(
+        self, host: Float[Tensor, "step site batch n_vec"], done: torch.cuda.Event | None
+    ) -> None:
+        self.host, self.done = host, done
+
+    def arrived(self) -> bool:
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
+    def take(self) -> Float[Tensor, "step site batch n_vec"]:
+        """The scores, in memory of their own; waits for the copy."""
+        if self.done is None:
+            return self.host
+        self.done.synchronize()
+        return self.host.clone()
+
+
+class Transport:
+    """Carries the scores of one generation. Nothing in the token loop waits for the device.
+
+    Half a ring at a time is copied, on a stream of its own where the device has streams, while the
+    other half fills. `paced` hands over every step at once, which waits for it.
+    """
+
+    def __init__(
+        self, call: Call, scorers: Sequence[Scorer], watches: Sequence[Watch], *, paced: bool
+    ) -> None:
+        self._call, self._paced = call, paced
+        self._lanes = [_Lane(watch) for watch in watches]
+        self._scorers = tuple(scorers)
+        slots = min((len(watch.ring) for watch in watches), default=2)
+        self._every = 1 if paced else slots // 2
+        self._sent = self.made = 0
+        self._pending: deque[list[_Copied]] = deque()
+
+    def step(self) -> None:
+        """A step was launched."""
+        self.made += 1
+        if self.made - self._sent == self._every:
+            self._send()
+            self._deliver(wait=self._paced)
+
+    def finish(self) -> None:
+        """Hand over what is left; waits for the device."""
+        self._send()
+        self._deliver(wait=True)
+
+    def _send(self) -> None:
+        first, self._sent = self._sent, self.made
+        if first < self.made:
+            self._pending.append([lane.copy(first, self.made) for lane in self._lanes])
+
+    def _deliver(self, *, wait: bool) -> None:
+        while self._pending and (wait or all(one.arrived() for one in self._pending[0])):
+            for scorer, copied in zip(self._scorers, self._pending.popleft(), strict=True):
+                scorer.receive(self._call, copied.take())
+
+
+class _Lane:
+    """The way of one ring to the host."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._ring = watch.ring
+        self._cuda = self._ring.is_cuda
+        self._side = _stream_on(self._ring.device) if self._cuda else None
+        self._last: torch.cuda.Event | None = None
+
+    def copy(self, first: int, end: int) -> _Copied:
+        """Start copying steps `first` to `end`, at most as many as the ring holds."""
+        slots = len(self._ring)
+        host = torch.empty(
+            (end - first, *self._ring.shape[1:]), dtype=self._ring.dtype, pin_memory=self._cuda
+        )
+        cut = min(slots - first % slots, end - first)
+        parts = [(host[:cut], self._ring[first % slots :][:cut])]
+        if cut < end - first:
+            parts.append((host[cut:], self._ring[: end - first - cut]))
+        if self._side is None:
+            for target, source in parts:
+                target.copy_(source)
+            return _Copied(host, None)
+        return _Copied(host, self._beside(self._side, parts))
+
+    def _beside(
+        self, side: torch.cuda.Stream, parts: Sequence[tuple[Tensor, Tensor]]
+    ) -> torch.cuda.Event:
+        """Copy on the side stream; the main one waits before it overwrites what was sent before."""
+        main = torch.cuda.current_stream(self._ring.device)
+        side.wait_stream(main)
+        if self._last is not None:
+            main.wait_event(self._last)
+        with torch.cuda.stream(side):
+            for target, source in parts:
+                target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(side)
+        self._last = done
+        return done
+
+
+def _stream_on(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
