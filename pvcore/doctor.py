@@ -13,6 +13,7 @@ from pvcore.blocks import Decoder, find_decoder
 from pvcore.errors import ModelError, PvcoreError, SiteError
 from pvcore.sites import KINDS, Site
 from pvcore.spans import SPANS
+from pvcore_kernels import path_taken
 
 CORE = ("pvcore", "torch", "transformers", "nnsight", "transformer-lens", "triton", "safetensors")
 EXTRAS = {
@@ -24,6 +25,8 @@ EXTRAS = {
     "serve": ("prometheus-client",),
     "bench": ("psutil",),
 }
+# Enough vectors for a bank, few enough for a kernel.
+N_VEC = 8
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -38,15 +41,20 @@ def installed() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Devices, and which engines can run on them."""
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
+    """Devices, and by which paths the engines and kernels run on them."""
+    gpus = range(torch.cuda.device_count())
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
     return {
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in torch",
-        "gpus": gpus,
+        "gpus": list(map(_gpu, gpus)),
         "mps": torch.backends.mps.is_available(),
-        "triton": "importable" if importlib.util.find_spec("triton") else "not installed",
+        "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
+        "kernels": {
+            str(device): path_taken(device, dtype=torch.bfloat16, n_vec=N_VEC) for device in devices
+        },
         "engines": {
             "taps": "read, steer, monitor and stream, on any device of torch",
+            "graph": "captures CUDA graphs" if gpus else "no GPU: runs its traced step as it is",
             "trace": _needs("nnsight"),
             "lens": _needs("transformer-lens"),
         },

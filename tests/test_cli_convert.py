@@ -148,6 +148,9 @@ def test_the_doctor_looks_at_packages_machine_and_model(pvcore: Any) -> None:
     assert status == 0
     assert document["installed"]["core"]["torch"] == torch.__version__
     assert len(document["machine"]["gpus"]) == torch.cuda.device_count()
+    kernels = document["machine"]["kernels"]
+    assert kernels["cpu"] == "plain torch: cpu is no CUDA device"
+    assert len(kernels) == 1 + torch.cuda.device_count()
     assert document["model"]["sites"] == dict.fromkeys(
         ["resid_pre", "resid_mid", "resid_post"], "0 to 3"
     )
