@@ -1,5 +1,7 @@
 """Read, watch and change the residual stream of language models along persona vectors."""
 
+from pvcore import formats as formats
+from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
