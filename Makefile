@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench report test-triton-3.6.0
+.PHONY: demo test check bench report test-triton-3.6.0 test-gpu bench-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -29,6 +29,19 @@ bench: $(CORE)
 
 report: $(CORE)
 	@$(BIN)/python -m benches.report
+
+# These two take whatever Python runs torch on the GPU: nothing is installed there.
+test-gpu:
+	@PYTHONPATH=.:kernels $(PYTHON) -m benches.gpu_tests $(if $(wildcard gpu-wheels),--wheels gpu-wheels)
+
+bench-gpu:
+	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_kernels
+
+# For a GPU machine without a network that has torch, Triton and transformers: copy the folder there.
+gpu-wheels:
+	@$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --dest gpu-wheels \
+		nnsight jaxtyping wadler-lindig beartype hypothesis sortedcontainers pytest pluggy iniconfig typer rich einops
 
 # The CUDA build of torch asks for a triton of its own: where that is the build pip finds, the
 # pinned one cannot be had beside it, and the second try leaves triton to torch.
