@@ -57,10 +57,13 @@ def cases() -> Iterator[Case]:
 
 
 def smoke() -> Iterator[Case]:
-    """One call of every op, for architectures that are not tuned for."""
+    """One call of every op, for architectures that are not tuned for.
+
+    In float32, because a product in parts is named differently by another vendor's torch.
+    """
     first: dict[str, Case] = {}
     for case in cases():
-        if case.rows == case.bank:
+        if case.rows == case.bank == FULL:
             first.setdefault(case.op, case)
     yield from first.values()
 

@@ -2,6 +2,7 @@
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -10,6 +11,9 @@ from torch import Tensor
 from pvcore_kernels.launch import launch, width_class
 from pvcore_kernels.layout import aligned, block_d, block_k, on_device
 from pvcore_kernels.tiled.project import add_scores, load_tile
+
+# float32 by tensor cores: NVIDIA's multiply three parts in tf32, AMD's six in bfloat16.
+IN_PARTS = tl.constexpr("bf16x6" if torch.version.hip else "tf32x3")
 
 
 @triton.jit
@@ -36,12 +40,12 @@ def moved_by_request(h, delta_ptr, delta_at, columns, active, D: tl.constexpr, E
 def moved_along(h, move, v, WIDE: tl.constexpr):
     """`h + move v`, rounded once; an element that nothing moves keeps every bit.
 
-    Beside a bank of 16 bits six products in bfloat16 are as exact, and registers hold them.
+    Beside a bank of 16 bits a product in parts is as exact, and registers hold it.
     """
     if WIDE:
         delta = tl.dot(move, v.to(tl.float32), input_precision="ieee")
     else:
-        delta = tl.dot(move, v.to(tl.float32), input_precision="bf16x6")
+        delta = tl.dot(move, v.to(tl.float32), input_precision=IN_PARTS)
     return tl.where(delta == 0.0, h, (h.to(tl.float32) + delta).to(h.dtype))
 
 
