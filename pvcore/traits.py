@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pvcore.errors import TraitError
+from pvcore.trait_author import Author, Draft, write
 from pvcore.trait_files import SHIPPED, Record, shipped_names, write_json
 from pvcore.trait_texts import ContrastPair as ContrastPair
 from pvcore.trait_texts import (
@@ -89,6 +90,27 @@ class Trait:
         if name not in cls.names():
             raise TraitError(_unknown(name, cls.names()))
         return _from_record(Record.read(SHIPPED / f"{name}.json"))
+
+    @classmethod
+    def from_description(
+        cls, name: str, description: str, *, author: Author, attempts: int = 4
+    ) -> "Trait":
+        """Have an author, such as `ApiAuthor`, write a trait from one line (paper, A.1).
+
+        Five pairs of system prompts, 20 questions for extraction, 20 others for evaluation, and a
+        rubric. A text that has wrong counts, repeats a question, gives the trait away in one, or
+        is malformed goes back to the author with the reasons; after `attempts` texts the last
+        reasons are a `TraitError`.
+        """
+        _check_name(name)
+        with blaming(f"trait {name!r}"):
+            check_text("description", description)
+
+        def make(draft: Draft) -> "Trait":
+            texts = {field: getattr(draft, field) for field in Draft.__dataclass_fields__}
+            return cls(name=name, description=description.strip(), **texts)
+
+        return write(name, description.strip(), author, make, attempts=attempts)
 
     @classmethod
     def from_upstream(
