@@ -57,5 +57,21 @@ class JudgeFailure(PvcoreError):
     """A judgement that could not be made; never turned into a number."""
 
 
+class JudgeRefusal(JudgeFailure):
+    """An answer that the judge declined to read."""
+
+
+class CompletionError(PvcoreError):
+    """A language model server that gave no usable reply."""
+
+
+class CompletionRefused(CompletionError):
+    """A prompt that a server or its model declined to answer."""
+
+
+class AnswersError(PvcoreError):
+    """A file of kept answers that is something else, or that cannot be written."""
+
+
 class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""

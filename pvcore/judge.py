@@ -3,10 +3,10 @@
 import importlib
 import importlib.util
 import math
-import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from numbers import Real
@@ -15,11 +15,9 @@ from reprlib import repr as brief
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-from pvcore.errors import JudgeFailure, PvcoreError, TraitError
+from pvcore.errors import JudgeFailure, JudgeRefusal, PvcoreError
 
 _METHODS = ("trait", "coherence")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 @runtime_checkable
@@ -37,13 +35,49 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """One answer with both its scores, or with neither and the reason why."""
+    """One answer with both its scores, or with neither and the reason why.
+
+    `refused`: the judge declined to read the answer. `method`: how the scores came about, in the
+    words of the judge; empty where it has none.
+    """
 
     question: str
     answer: str
     trait_score: float | None
     coherence_score: float | None
     failure: str | None
+    refused: bool = False
+    method: str = ""
+
+    @classmethod
+    def failed(
+        cls, question: str, answer: str, failure: JudgeFailure, *, method: str = ""
+    ) -> "Judgement":
+        """A row without scores; a `JudgeRefusal` counts as refused."""
+        return cls(
+            question=question,
+            answer=answer,
+            trait_score=None,
+            coherence_score=None,
+            failure=str(failure),
+            refused=isinstance(failure, JudgeRefusal),
+            method=method,
+        )
+
+
+@runtime_checkable
+class BatchJudge(Judge, Protocol):
+    """A judge that scores many answers better together than one by one, as a server does."""
+
+    def judge_many(
+        self, trait: str, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[int, Judgement]]:
+        """Every pair once, as its index and its judgement, in the order they are done.
+
+        What cannot be judged is a `Judgement.failed`. A generator is closed when the judging stops
+        early: it then asks nothing new and keeps what is under way.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +93,20 @@ class Judgements:
 
     @property
     def n_failed(self) -> int:
+        """Rows without a score, refused ones among them."""
         return len(self.rows) - self.n_judged
+
+    @property
+    def n_refused(self) -> int:
+        return sum(row.refused for row in self.rows)
+
+    @property
+    def counts(self) -> str:
+        """What to print beside every figure made from these rows."""
+        return (
+            f"judged {self.n_judged} of {len(self.rows)}, "
+            f"failed {self.n_failed} (refused {self.n_refused})"
+        )
 
     @property
     def trait_scores(self) -> tuple[float | None, ...]:
@@ -89,6 +136,14 @@ class Judgements:
         return math.fsum(judged) / len(judged)
 
 
+class JudgingAborted(JudgeFailure):
+    """Too many rows failed. `judgements` holds those that were done, in their order."""
+
+    def __init__(self, message: str, judgements: Judgements) -> None:
+        super().__init__(message)
+        self.judgements = judgements
+
+
 def judge_all(
     judge: Judge,
     trait: str,
@@ -100,67 +155,37 @@ def judge_all(
     """Judge `(question, answer)` pairs for a trait and for coherence.
 
     A row fails when the judge raises or gives anything but a finite number from 0 to 100. Raises
-    `JudgeFailure` as soon as more than the share `max_failed` of all rows has failed. Other errors
-    of pvcore (a trait the judge doesn't know) are mistakes in the call and pass through.
+    `JudgingAborted` as soon as more than the share `max_failed` of all rows has failed. Other
+    errors of pvcore (a trait the judge doesn't know) are mistakes in the call and pass through.
     """
     if not 0 <= max_failed <= 1:
         raise JudgeFailure(
             f"got max_failed={max_failed!r}; wanted the share of rows that may fail, from 0 to 1"
         )
     asked = _checked_pairs(pairs)
-    rows: list[Judgement] = []
+    rows: dict[int, Judgement] = {}
     n_failed = 0
-    first_failure = ""
-    for index, (question, answer) in enumerate(_shown(asked, trait) if progress else asked):
-        try:
-            rows.append(_judge_row(judge, trait, question, answer))
-        except JudgeFailure as failure:
-            rows.append(_failed_row(question, answer, failure))
-            n_failed += 1
-            first_failure = first_failure or f"row {index}: {failure}"
+    with closing(_judged(judge, trait, asked)) as judged:
+        for index, row in _shown(judged, trait, len(asked)) if progress else judged:
+            rows[index] = row
+            n_failed += row.failure is not None
             if n_failed / len(asked) > max_failed:
-                raise JudgeFailure(
-                    f"got {n_failed} failed rows among the first {index + 1} of {len(asked)} "
-                    f"judged for {trait!r}; wanted no more than a share of {max_failed:g} to "
-                    f"fail. The first was {first_failure}. Mend the judge, or raise max_failed"
-                ) from failure
-    return Judgements(trait=trait, rows=tuple(rows))
+                raise _aborted(trait, rows, len(asked), max_failed)
+    return Judgements(trait=trait, rows=tuple(rows[index] for index in range(len(asked))))
 
 
-class LexiconJudge:
-    """Scores a trait by rule: the share of an answer's sentences that hold a word of its lexicon.
-
-    Words are compared whole and without case. Coherence is the share of distinct runs of three
-    words: it catches text that loops, and nothing else. An answer without a word scores 0 in both.
-    A rule, for a model whose vocabulary is known; no substitute for a reader.
-    """
-
-    def __init__(self, lexicons: Mapping[str, Collection[str]]) -> None:
-        if not lexicons:
-            raise TraitError("got no lexicon; wanted words for at least one trait. Name some")
-        self._lexicons = {trait: _lexicon(trait, words) for trait, words in lexicons.items()}
-
-    def trait(self, trait: str, question: str, answer: str) -> float:
-        """100 times the share of sentences holding a word of the trait's lexicon."""
-        if trait not in self._lexicons:
-            raise TraitError(
-                f"got trait {trait!r}; this judge has words for {', '.join(self._lexicons)}. "
-                "Give LexiconJudge a lexicon for it"
-            )
-        lexicon = self._lexicons[trait]
-        sentences = [words for text in _SENTENCE_END.split(answer) if (words := _words(text))]
-        if not sentences:
-            return 0.0
-        return 100.0 * sum(not lexicon.isdisjoint(words) for words in sentences) / len(sentences)
-
-    def coherence(self, question: str, answer: str) -> float:
-        """100 times the share of distinct word trigrams; shorter answers count as one run."""
-        words = _words(answer)
-        if not words:
-            return 0.0
-        length = min(3, len(words))
-        runs = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
-        return 100.0 * len(set(runs)) / len(runs)
+def _aborted(
+    trait: str, rows: dict[int, Judgement], n_asked: int, max_failed: float
+) -> JudgingAborted:
+    done = Judgements(trait=trait, rows=tuple(rows[index] for index in sorted(rows)))
+    first, row = next((index, row) for index, row in rows.items() if row.failure is not None)
+    return JudgingAborted(
+        f"got {done.n_failed} failed rows ({done.n_refused} refused) among the first "
+        f"{len(done.rows)} of {n_asked} judged for {trait!r}; wanted no more than a share of "
+        f"{max_failed:g} to fail. The first was row {first}: {row.failure}. "
+        "Mend the judge, or raise max_failed",
+        done,
+    )
 
 
 def load_judge(spec: str) -> Judge:
@@ -199,27 +224,69 @@ def _checked_pairs(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], .
     return asked
 
 
+def _judged(
+    judge: Judge, trait: str, asked: Sequence[tuple[str, str]]
+) -> Generator[tuple[int, Judgement], None, None]:
+    """Every row once, in the order they are done; what the judge says is checked here."""
+    if not isinstance(judge, BatchJudge):
+        for index, (question, answer) in enumerate(asked):
+            yield index, _judge_row(judge, trait, question, answer)
+        return
+    wanted = set(range(len(asked)))
+    with closing(_closeable(judge.judge_many(trait, asked))) as judged:
+        for index, row in judged:
+            if index not in wanted:
+                raise JudgeFailure(
+                    f"got row {index!r} from {type(judge).__name__}.judge_many; wanted each of "
+                    f"{len(asked)} rows once. Mend the judge"
+                )
+            wanted.remove(index)
+            yield index, _checked_row(row, *asked[index])
+    if wanted:
+        raise JudgeFailure(
+            f"got no row {min(wanted)} from {type(judge).__name__}.judge_many; wanted each of "
+            f"{len(asked)} rows once. Mend the judge"
+        )
+
+
+def _closeable(
+    rows: Iterator[tuple[int, Judgement]],
+) -> Generator[tuple[int, Judgement], None, None]:
+    yield from rows  # closes them too, where they can be closed
+
+
 def _judge_row(judge: Judge, trait: str, question: str, answer: str) -> Judgement:
-    return Judgement(
-        question=question,
-        answer=answer,
-        trait_score=_score("trait", partial(judge.trait, trait, question, answer)),
-        coherence_score=_score("coherence", partial(judge.coherence, question, answer)),
-        failure=None,
-    )
+    method = str(getattr(judge, "method", ""))
+    try:
+        return Judgement(
+            question=question,
+            answer=answer,
+            trait_score=_score("trait", partial(judge.trait, trait, question, answer)),
+            coherence_score=_score("coherence", partial(judge.coherence, question, answer)),
+            failure=None,
+            method=method,
+        )
+    except JudgeFailure as failure:
+        return Judgement.failed(question, answer, failure, method=method)
 
 
-def _failed_row(question: str, answer: str, failure: JudgeFailure) -> Judgement:
-    return Judgement(
-        question=question,
-        answer=answer,
-        trait_score=None,
-        coherence_score=None,
-        failure=str(failure),
-    )
+def _checked_row(row: Judgement, question: str, answer: str) -> Judgement:
+    if row.failure is not None:
+        return replace(row, trait_score=None, coherence_score=None)
+    try:
+        return Judgement(
+            question=question,
+            answer=answer,
+            trait_score=_score("trait", lambda: row.trait_score),
+            coherence_score=_score("coherence", lambda: row.coherence_score),
+            failure=None,
+            method=row.method,
+        )
+    except JudgeFailure as failure:
+        return Judgement.failed(question, answer, failure, method=row.method)
 
 
-def _score(what: str, ask: Callable[[], float]) -> float:
+def _score(what: str, ask: Callable[[], float | None]) -> float:
     try:
         score = ask()
     except PvcoreError:
@@ -232,30 +299,14 @@ def _score(what: str, ask: Callable[[], float]) -> float:
     return float(score)
 
 
-def _shown(pairs: tuple[tuple[str, str], ...], trait: str) -> Iterable[tuple[str, str]]:
+def _shown(
+    rows: Iterable[tuple[int, Judgement]], trait: str, total: int
+) -> Iterable[tuple[int, Judgement]]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(pairs, description=f"judging {trait}", console=Console(stderr=True))
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _lexicon(trait: str, words: Collection[str]) -> frozenset[str]:
-    if isinstance(words, str) or not words:
-        raise TraitError(
-            f"lexicon of {trait!r}: got {words!r}; wanted a collection of one or more words. "
-            "Put them in a list"
-        )
-    for word in words:
-        if _words(word) != [word.casefold()]:
-            raise TraitError(
-                f"lexicon of {trait!r}: got {word!r}; wanted one word without spaces or "
-                "punctuation. List its words one by one"
-            )
-    return frozenset(word.casefold() for word in words)
+    console = Console(stderr=True)
+    return track(rows, description=f"judging {trait}", total=total, console=console)
 
 
 def _module_named(spec: str, name: str) -> ModuleType:

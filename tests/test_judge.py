@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvcore.errors import JudgeFailure, PvcoreError, TraitError
-from pvcore.judge import Judge, Judgements, LexiconJudge, judge_all, load_judge
+from pvcore.judge import Judge, Judgements, JudgingAborted, judge_all, load_judge
+from pvcore.judge_lexicon import LexiconJudge
 
 
 @dataclass
@@ -132,12 +133,14 @@ def test_too_many_failures_stop_the_judging_at_once_and_say_why() -> None:
     with pytest.raises(JudgeFailure) as caught:
         judge_all(judge, "evil", pairs, max_failed=0.25)
     assert str(caught.value) == (
-        "got 2 failed rows among the first 3 of 4 judged for 'evil'; wanted no more than a share "
-        "of 0.25 to fail. The first was row 1: trait: the judge raised ConnectionError: no route. "
-        "Mend the judge, or raise max_failed"
+        "got 2 failed rows (0 refused) among the first 3 of 4 judged for 'evil'; wanted no more "
+        "than a share of 0.25 to fail. The first was row 1: trait: the judge raised "
+        "ConnectionError: no route. Mend the judge, or raise max_failed"
     )
     assert judge.asked == ["a", "b", "c"]
-    assert isinstance(caught.value.__cause__, JudgeFailure)
+    assert isinstance(caught.value, JudgingAborted)
+    assert caught.value.judgements.trait_scores == (1.0, None, None)
+    assert caught.value.judgements.counts == "judged 1 of 3, failed 2 (refused 0)"
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
