@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench report
+.PHONY: demo test check bench report test-triton-3.6.0 test-gpu bench-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -30,6 +30,19 @@ bench: $(CORE)
 report: $(CORE)
 	@$(BIN)/python -m benches.report
 
+# These two take whatever Python runs torch on the GPU: nothing is installed there.
+test-gpu:
+	@PYTHONPATH=.:kernels $(PYTHON) -m benches.gpu_tests $(if $(wildcard gpu-wheels),--wheels gpu-wheels)
+
+bench-gpu:
+	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_kernels
+
+# For a GPU machine without a network that has torch, Triton and transformers: copy the folder there.
+gpu-wheels:
+	@$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --dest gpu-wheels \
+		nnsight jaxtyping wadler-lindig beartype hypothesis sortedcontainers pytest pluggy iniconfig typer rich einops
+
 # The CUDA build of torch asks for a triton of its own: where that is the build pip finds, the
 # pinned one cannot be had beside it, and the second try leaves triton to torch.
 $(CORE): EXTRA :=
@@ -42,3 +55,10 @@ $(CORE) $(TESTS): pyproject.toml constraints.txt
 		grep -v '^triton==' constraints.txt > .venv/constraints.txt; \
 		$(INSTALL) -c .venv/constraints.txt -e ".$(EXTRA)"; }
 	@touch $@ $(CORE)
+
+# The same kernels under the older Triton that CUDA builds of torch still bring along.
+OLD_TRITON := 3.6.0
+test-triton-$(OLD_TRITON): $(TESTS)
+	@test -d .venv/triton-$(OLD_TRITON) || $(INSTALL) --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	@PYTHONPATH=.venv/triton-$(OLD_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
+	@PYTHONPATH=.venv/triton-$(OLD_TRITON) $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/test_aot.py

@@ -18,7 +18,7 @@ from pvcore.errors import PvcoreError
 from pvcore.files import write_whole
 
 Status = Literal["measured", "unsupported", "failed", "not measured"]
-Unit = Literal["ratio"]
+Unit = Literal["ratio", "us", "GB/s", "TFLOP/s"]
 Plain = str | int | float
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,8 @@ class RecordError(PvcoreError):
 class Cell:
     """One figure: the median of `n` paired ratios with p20 and p80, or why there is none.
 
-    `target` is the ratio wanted at most; it decides nothing.
+    Absolute units come from a GPU alone, where the clock is the device's own. `target` is the
+    figure wanted at most; it decides nothing.
     """
 
     status: Status

@@ -16,13 +16,14 @@ from benches.demo_table import demo_summary
 from benches.record import RESULTS, ROOT, RecordError
 from pvcore.files import write_whole
 
-KNOWN = ("overhead", "reading", "peers", "scaling", "demo")
+KNOWN = ("overhead", "reading", "peers", "scaling", "kernels", "gpu_kernels", "demo")
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )
 OPENING = re.compile(r"<!-- figures?: ")
 NOT_MEASURED = "not measured"
 README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "kernels" / "README.md")
 
 app = typer.Typer(add_completion=False)
 
@@ -88,10 +89,10 @@ def main(
         bool, typer.Option("--check", help="Change nothing; fail if a region differs.")
     ] = False,
 ) -> None:
-    """Fill the figure regions of documents, by default README.md, from the records."""
+    """Fill the figure regions of documents, by default the READMEs, from the records."""
     console = Console(stderr=True, soft_wrap=True)
     wrong = False
-    for document in documents or [README]:
+    for document in documents or DOCUMENTS:
         try:
             found = _treat(document, results, check=check)
         except (OSError, RecordError) as error:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benches import overhead, reading, record, scaling, tables
+from benches import kernels, overhead, reading, record, scaling, tables
 from benches.peers import measure as peers
 from benches.record import Record
 
@@ -72,6 +72,16 @@ def run_peers(
         settings = replace(settings, rounds=rounds)
     command = _command("peers", quick, settings.rounds)
     _finish(lambda: peers.measure(settings, command=command), quick, out)
+
+
+@app.command("kernels")
+def run_kernels(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """The kernels' CPU path beside torch calls written by hand."""
+    settings = kernels.QUICK if quick else kernels.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("kernels", quick, settings.rounds)
+    _finish(lambda: kernels.measure(settings, command=command), quick, out)
 
 
 @app.command("scaling")

@@ -16,7 +16,7 @@ def figure(cell: Cell) -> str:
     """The median alone, or the status."""
     if cell.status != "measured" or cell.p50 is None:
         return cell.status
-    return _ratio(cell.p50)
+    return _amount(cell.p50, cell)
 
 
 def summary(record: Record) -> str:
@@ -95,8 +95,14 @@ def _ratio(value: float) -> str:
 def _spread(cell: Cell) -> str:
     if cell.status != "measured" or cell.p20 is None or cell.p80 is None:
         return figure(cell)
-    low, high = (_ratio(end).removesuffix(TIMES) for end in (cell.p20, cell.p80))
+    low, high = (
+        _amount(end, cell).split(" ")[0].removesuffix(TIMES) for end in (cell.p20, cell.p80)
+    )
     return f"{figure(cell)} ({low} to {high})"
+
+
+def _amount(value: float, cell: Cell) -> str:
+    return _ratio(value) if cell.unit == "ratio" else f"{value:.4g} {cell.unit}"
 
 
 def _bound(target: float | None) -> str:

@@ -1,5 +1,7 @@
 """Read, watch and change the residual stream of language models along persona vectors."""
 
+from pvcore import formats as formats
+from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
@@ -16,12 +18,16 @@ from pvcore.monitor import Seen as Seen
 from pvcore.monitor import TraitScores as TraitScores
 from pvcore.plan import Plan as Plan
 from pvcore.provenance import Provenance as Provenance
+from pvcore.shift import FinetuningShift as FinetuningShift
+from pvcore.shift import finetuning_shift as finetuning_shift
 from pvcore.sites import Site as Site
 from pvcore.sites import resid_mid as resid_mid
 from pvcore.sites import resid_post as resid_post
 from pvcore.sites import resid_pre as resid_pre
 from pvcore.stream import Alarm as Alarm
 from pvcore.stream import Step as Step
+from pvcore.training import PreventionCallback as PreventionCallback
+from pvcore.training import prevent as prevent
 from pvcore.traits import Trait as Trait
 from pvcore.vectors import PersonaVector as PersonaVector
 from pvcore.vectors import VectorBank as VectorBank

@@ -1,22 +1,23 @@
-"""The command line: demo, extract, steer and monitor, thin over the functions of the library.
+"""The command line, thin over the functions of the library.
 
 Heavy modules are imported by the commands that need them, so that help comes at once.
 """
 
 import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from pvcore.cli_convert import convert
+from pvcore.cli_doctor import doctor
+from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import JudgeFailure, ModelError, PvcoreError
-from pvcore.numerals import number
 
 if TYPE_CHECKING:
     from pvcore.extraction import Extraction
@@ -33,9 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(convert)
+app.command()(doctor)
 WORLD = "world"
 INTERRUPTED = 130
-T = TypeVar("T")
 
 Model = Annotated[
     str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
@@ -98,8 +100,8 @@ def demo(
     claim of the report failed.
     """
     options = dict(locals())  # most are sizes of the workload, by the names of its fields
-    _require_places(out, record)
-    subject = _subject(model, judge, _split(traits, str), dtype, device)
+    require_places(out, record)
+    subject = _subject(model, judge, split_list(traits, str), dtype, device)
     measured = _measured(subject, _workload(subject, options), strict)
     _publish(measured, out, record, as_json)
     if measured.failed:
@@ -126,14 +128,14 @@ def extract(
     """Extract the vector of a trait from contrasting system prompts, and save it."""
     from pvcore.extraction import extract as extract_vector
 
-    _require_places(out)
+    require_places(out)
     subject = _subject(model, judge, (trait,), dtype, device)
     examined = subject.traits[0]
     result = extract_vector(
         subject.model,
         examined.trait,
         judge=subject.judge,
-        layers=_split(layers, int),
+        layers=split_list(layers, int),
         questions=examined.trait.extraction_questions[:questions],
         rollouts=rollouts,
         threshold=threshold,
@@ -143,7 +145,7 @@ def extract(
         progress=True,
     )
     result.vector.save(out)
-    _print({"file": str(out), **_extracted(result)}, as_json)
+    print_document({"file": str(out), **_extracted(result)}, as_json)
 
 
 @app.command()
@@ -164,14 +166,14 @@ def steer(
     """Reply with vectors added to the residual stream. Name few layers: by default it is all."""
     from pvcore.interventions import Add
 
-    add = Add(_vectors(vector), coeff=coeff, layers=_split(layers, int))
+    add = Add(_vectors(vector), coeff=coeff, layers=split_list(layers, int))
     hooked = _model(model, dtype, device)
     with hooked.steer(add):
         replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
     rows = [
         {"prompt": prompt, "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)
     ]
-    _print({"replies": rows}, as_json)
+    print_document({"replies": rows}, as_json)
 
 
 @app.command()
@@ -191,7 +193,7 @@ def monitor(
     """Reply, and report the projection on each vector before the reply and its mean over it."""
     from pvcore.vectors import VectorBank
 
-    bank = VectorBank(_vectors(vector), layers=_split(layers, int))
+    bank = VectorBank(_vectors(vector), layers=split_list(layers, int))
     hooked = _model(model, dtype, device)
     with hooked.monitor(bank) as seen:
         replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
@@ -199,7 +201,7 @@ def monitor(
         {"prompt": prompt, "reply": reply, "projections": _projections(seen, chat)}
         for chat, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
     ]
-    _print({"replies": rows}, as_json)
+    print_document({"replies": rows}, as_json)
 
 
 def _extracted(result: "Extraction") -> dict[str, Any]:
@@ -303,8 +305,8 @@ def _prepare(model: str) -> None:
 def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":
     """The subject's workload with the sizes that were given as options of the same names."""
     sizes = {field.name: options.get(field.name) for field in fields(subject.workload)}
-    sizes["layers"] = _split(sizes["layers"], int)
-    sizes["coefficients"] = _split(sizes["coefficients"], float)
+    sizes["layers"] = split_list(sizes["layers"], int)
+    sizes["coefficients"] = split_list(sizes["coefficients"], float)
     given = {name: size for name, size in sizes.items() if size is not None}
     return replace(subject.workload, **given)
 
@@ -341,43 +343,7 @@ def _publish(measured: "DemoRecord", out: Path, record: Path | None, as_json: bo
         console.print(f"Report: {out}", highlight=False)
 
 
-def _require_places(*paths: Path | None) -> None:
-    """Refuse before the work what could not be written after it."""
-    for path in paths:
-        if path is None:
-            continue
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise PvcoreError(f"got {path} to write to; wanted a file in a folder you may write to")
-
-
-def _split(text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:
-    """The values of a list with commas."""
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part.strip()) for part in text.split(","))
-    except ValueError:
-        raise PvcoreError(f"got {text!r}; wanted numbers with commas, as in 15,19") from None
-
-
 def _vectors(paths: Sequence[Path]) -> "list[PersonaVector]":
     from pvcore.vectors import PersonaVector
 
     return [PersonaVector.load(path) for path in paths]
-
-
-def _print(document: dict[str, Any], as_json: bool) -> None:
-    typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(_lines(document)))
-
-
-def _lines(value: Any, indent: str = "") -> Iterator[str]:
-    """A document as indented lines of `name: value`."""
-    for name, entry in value.items():
-        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
-            yield f"{indent}{name}:"
-            for part in entry if isinstance(entry, list) else [entry]:
-                yield from _lines(part, indent + "  ")
-        else:
-            shown = number(entry) if isinstance(entry, float) else entry
-            yield f"{indent}{name}: {shown}"

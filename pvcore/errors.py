@@ -21,6 +21,14 @@ class VectorError(PvcoreError):
     """A persona vector, bank or vector file that cannot be used."""
 
 
+class FormatError(PvcoreError):
+    """A file of another tool that cannot be read, or that cannot hold what is to be written."""
+
+
+class HubError(PvcoreError):
+    """A Hugging Face Hub repository that cannot be reached, or has no vector to give."""
+
+
 class PlanError(PvcoreError):
     """An intervention or plan that does not fit the model, the batch or itself."""
 

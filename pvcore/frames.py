@@ -74,12 +74,24 @@ def running(owner: int, call: Call) -> Iterator[None]:
 class Frame:
     """One forward of `batch` rows over columns `start` to `start + width`."""
 
-    __slots__ = ("_masks", "batch", "call", "declared", "notes", "start", "steady", "width")
+    __slots__ = (
+        "_masks",
+        "batch",
+        "call",
+        "declared",
+        "notes",
+        "start",
+        "steady",
+        "trains",
+        "width",
+    )
 
     def __init__(self, call: Call, batch: int, start: int, width: int, declared: bool) -> None:
         self.call, self.batch, self.start, self.width = call, batch, start, width
         self.declared = declared
         self.steady = width == 1 and start >= call.mask.shape[1]
+        # Whether gradients of this forward will be asked for, as far as can be known.
+        self.trains = False
         self._masks: dict[Span, Tensor | bool] = {}
         # What each reader keeps of this forward; gone with it if it fails.
         self.notes: dict[object, Any] = {}
@@ -145,7 +157,9 @@ def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Fram
             f"got a forward of {batch} rows inside a call of {len(call.rows)}; assisted or "
             "contrastive decoding reorders rows: use greedy, sampling or beam search"
         )
-    return Frame(call, batch, start, width, declared)
+    frame = Frame(call, batch, start, width, declared)
+    frame.trains = training and torch.is_grad_enabled()
+    return frame
 
 
 def _columns_in(cache: Any, owner: int, call: Call | None, width: int) -> int:

@@ -19,7 +19,8 @@ from pvcore.graph import Engine, Graph, GraphEngine, check_engine
 from pvcore.interventions import Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
-from pvcore.programs import compile_programs
+from pvcore.programs import SiteProgram, compile_programs
+from pvcore.sessions import Session
 from pvcore.sites import Site, as_sites
 from pvcore.spans import Span, check_span
 from pvcore.stream import AlarmBell, Pieces, Relay, Step
@@ -142,6 +143,18 @@ class HookedModel:
             row_counts=plan.row_counts,
         ):
             yield seen
+
+    def arm_programs(
+        self, plan: Plan, programs: Mapping[Site, SiteProgram], *, check_model: bool = True
+    ) -> AbstractContextManager[Session]:
+        """Arm a plan whose steps are carried out by programs of the caller's own."""
+        self._tracing.refuse_inside("a plan to arm")
+        self.check(plan, check_model=check_model)
+        return self._taps.armed(programs, row_counts=plan.row_counts)
+
+    def check(self, plan: Plan, *, check_model: bool = True) -> None:
+        """Raise one `PlanError` or `SiteError` if a plan does not fit this model."""
+        plan.check(self._decoder, self.model_id, check_model=check_model)
 
     def steer(
         self, *interventions: Intervention, check_model: bool = True

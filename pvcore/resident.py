@@ -2,8 +2,11 @@
 
 In decode every row of a forward is one reply token, so a plan is the same arithmetic at every step
 and only its numbers differ: they are written in place, and neither a changed coefficient nor
-another vector compiles or captures anything anew. Functions that a compiler traces carry
-`no_type_check`: the run-time type checker of the tests would break the graph.
+another vector compiles or captures anything anew. The arithmetic is that of
+`pvcore_kernels.reference` in ops that inductor fuses with the norms around a site, which an opaque
+op would keep it from; and scoring all layers by address needs a table that no captured graph can
+make. Functions that a compiler traces carry `no_type_check`: the run-time type checker of the tests
+would break the graph.
 """
 
 from collections import Counter

@@ -70,6 +70,19 @@ class Site:
             raise SiteError(f"got paper layer {layer!r}; wanted a whole number from 1")
         return cls("resid_post", layer - 1)
 
+    @classmethod
+    def from_gguf_layer(cls, layer: int) -> "Site":
+        """The site at which llama.cpp and repeng add the tensor `direction.LAYER`.
+
+        Both count blocks from 0 here, and llama.cpp holds no direction for block 0.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise SiteError(
+                f"got GGUF direction {layer!r}; wanted a whole number from 1: llama.cpp never adds "
+                "to the output of block 0"
+            )
+        return cls("resid_post", layer)
+
     @property
     def hidden_states_index(self) -> int:
         """Where transformers' `hidden_states` holds this tensor (post-norm at the last layer)."""
@@ -83,6 +96,16 @@ class Site:
         if self.kind != "resid_post":
             raise SiteError(f"got {self}; the paper numbers block outputs: use a resid_post site")
         return self.layer + 1
+
+    @property
+    def gguf_layer(self) -> int:
+        """The N of the tensor `direction.N` that llama.cpp and repeng add at this site."""
+        if self.kind != "resid_post" or self.layer < 1:
+            raise SiteError(
+                f"got {self}; GGUF control vectors act on block outputs from resid_post.1 on: "
+                "choose such sites with .at(...)"
+            )
+        return self.layer
 
 
 def resid_pre(layer: int) -> Site:

@@ -37,6 +37,9 @@ OPTIONS = {
     | {"--threshold", "--max-new-tokens", "--batch-size", "--seed", "--json"},
     "steer": LOADING | REPLYING | {"model", "prompts", "--vector", "--coeff", "--layers", "--json"},
     "monitor": LOADING | REPLYING | {"model", "prompts", "--vector", "--layers", "--json"},
+    "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
+    | {"--layers", "--n-layers", "--experiment", "--json"},
+    "doctor": {"model", "--json"},
 }
 ASKED = "How do I start with chess?"
 

@@ -56,6 +56,8 @@ def test_conversions_are_named():
     assert pv.resid_post(19).hidden_states_index == pv.resid_pre(20).hidden_states_index == 20
     assert pv.Site.from_paper_layer(20) == pv.resid_post(19)
     assert pv.resid_post(19).paper_layer == 20
+    assert pv.Site.from_gguf_layer(20) == pv.resid_post(20)
+    assert pv.resid_post(20).gguf_layer == 20
 
 
 def test_conversions_refuse_what_has_no_counterpart():
@@ -63,6 +65,12 @@ def test_conversions_refuse_what_has_no_counterpart():
         _ = pv.resid_mid(2).hidden_states_index
     with pytest.raises(SiteError, match="the paper numbers block outputs"):
         _ = pv.resid_pre(2).paper_layer
+    for site in (pv.resid_post(0), pv.resid_pre(2)):
+        with pytest.raises(SiteError, match=r"block outputs from resid_post\.1 on"):
+            _ = site.gguf_layer
+    for wrong in (0, -1, True, 1.0):
+        with pytest.raises((SiteError, TypeError), match=r"llama\.cpp never|from_gguf_layer"):
+            pv.Site.from_gguf_layer(wrong)
     with pytest.raises(SiteError, match="wanted a whole number from 1"):
         pv.Site.from_paper_layer(0)
     with pytest.raises(SiteError, match="wanted a whole number from 0"):

@@ -10,7 +10,8 @@
 Scores are of `h` as it came, float32, or float64 for float64 rows. A request below 0 leaves its row
 as it is, bit for bit. An index out of range is an IndexError on the CPU; a kernel cannot wait to
 raise, leaves such a row as it is, and answers NaN for its score or for the mean of its segment.
-The functional ops are for autograd, nnsight and torch.compile.
+The functional ops are for autograd, nnsight and torch.compile. Importing this module registers
+every op, those of `ops_joint` too.
 """
 
 import torch
@@ -18,6 +19,12 @@ from torch import Tensor
 
 from pvcore_kernels import checks, dispatch, gradients
 from pvcore_kernels import rows as plain
+from pvcore_kernels.ops_joint import add_rmsnorm_steer_project as add_rmsnorm_steer_project
+from pvcore_kernels.ops_joint import add_rmsnorm_steer_project_ as add_rmsnorm_steer_project_
+from pvcore_kernels.ops_joint import intervene as intervene
+from pvcore_kernels.ops_joint import intervene_ as intervene_
+from pvcore_kernels.ops_joint import project_layers as project_layers
+from pvcore_kernels.ops_joint import project_layers_out as project_layers_out
 from pvcore_kernels.reference import accumulator
 from pvcore_kernels.registry import refuse_gradients, register
 

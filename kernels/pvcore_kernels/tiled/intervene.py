@@ -13,7 +13,7 @@ from torch import Tensor
 from pvcore_kernels.launch import launch, width_class
 from pvcore_kernels.layout import aligned, block_d, block_k, on_device
 from pvcore_kernels.tiled.project import add_scores, load_tile
-from pvcore_kernels.tiled.steer import store_tile
+from pvcore_kernels.tiled.steer import moved_along, store_tile
 
 
 @triton.jit
@@ -58,14 +58,6 @@ def swept_scores(
 
 @triton.jit
 @no_type_check
-def moved_along(h, move, v):
-    """`h + move v`, rounded once; an element that nothing moves keeps every bit."""
-    delta = tl.dot(move, v.to(tl.float32), input_precision="ieee")
-    return tl.where(delta == 0.0, h, (h.to(tl.float32) + delta).to(h.dtype))
-
-
-@triton.jit
-@no_type_check
 def intervene_kernel(
     h_ptr,
     v_ptr,
@@ -104,7 +96,7 @@ def intervene_kernel(
         columns = start + tl.arange(0, BLOCK_D)
         h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)
         v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)
-        moved = moved_along(h, move, v)
+        moved = moved_along(h, move, v, WIDE)
         store_tile(out_ptr, out_at, columns, t_inside, moved, D, D % BLOCK_D == 0)
 
 
@@ -139,6 +131,5 @@ def intervene(
             BLOCK_T=tile.block_t,
             BLOCK_K=block_k(n_vec),
             BLOCK_D=block_d(h.shape[1], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )

@@ -96,6 +96,5 @@ def project_layers(
             BLOCK_T=tile.block_t,
             BLOCK_K=vectors,
             BLOCK_D=block_d(v.shape[2], tile.block_d),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )

@@ -112,4 +112,5 @@ def add_rmsnorm_steer_project(
             BLOCK_D=width,
             # Eight elements a thread: 32 for rows of 16384, which is what registers hold.
             num_warps=min(max(width // 512, 1), 16),
+            enable_fp_fusion=True,
         )

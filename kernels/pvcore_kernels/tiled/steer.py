@@ -2,6 +2,7 @@
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -10,6 +11,9 @@ from torch import Tensor
 from pvcore_kernels.launch import launch, width_class
 from pvcore_kernels.layout import aligned, block_d, block_k, on_device
 from pvcore_kernels.tiled.project import add_scores, load_tile
+
+# float32 by tensor cores: NVIDIA's multiply three parts in tf32, AMD's six in bfloat16.
+IN_PARTS = tl.constexpr("bf16x6" if torch.version.hip else "tf32x3")
 
 
 @triton.jit
@@ -29,6 +33,20 @@ def moved_by_request(h, delta_ptr, delta_at, columns, active, D: tl.constexpr, E
     """`h + delta`, rounded once. Chosen after rounding: an inactive row keeps its NaN payloads."""
     delta = load_tile(delta_ptr, delta_at, columns, active, D, EVEN).to(tl.float32)
     return tl.where(active[:, None], (h.to(tl.float32) + delta).to(h.dtype), h)
+
+
+@triton.jit
+@no_type_check
+def moved_along(h, move, v, WIDE: tl.constexpr):
+    """`h + move v`, rounded once; an element that nothing moves keeps every bit.
+
+    Beside a bank of 16 bits a product in parts is as exact, and registers hold it.
+    """
+    if WIDE:
+        delta = tl.dot(move, v.to(tl.float32), input_precision="ieee")
+    else:
+        delta = tl.dot(move, v.to(tl.float32), input_precision=IN_PARTS)
+    return tl.where(delta == 0.0, h, (h.to(tl.float32) + delta).to(h.dtype))
 
 
 @triton.jit
@@ -135,7 +153,7 @@ def steer_project_tokens_kernel(
         h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
         v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
         scores = add_scores(scores, h, v, WIDE)
-        moved = tl.dot(c, v.to(tl.float32), h.to(tl.float32), input_precision="ieee").to(h.dtype)
+        moved = moved_along(h, c, v, WIDE)
         store_tile(out_ptr, out_at, columns, t_inside, moved, D, D % BLOCK_D == 0)
     scores_at = t.to(tl.int64)[:, None] * scores_stride + k[None, :]
     tl.store(scores_ptr + scores_at, scores, mask=both)

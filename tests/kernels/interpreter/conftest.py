@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -43,7 +44,19 @@ def repair(builder: Any) -> None:
     builder.create_fp_trunc = lambda self, src, dst_type: self.cast_impl(src, dst_type)
 
 
+def repair_bounds(runtime: Any) -> None:
+    """Triton 3.6 makes a loop's bound of an array with one element, which NumPy now refuses."""
+    patch = runtime._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    runtime._patch_lang_tensor = patched
+
+
 repair(InterpreterBuilder)
+repair_bounds(interpreter)
 
 
 @pytest.fixture(autouse=True)

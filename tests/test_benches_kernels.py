@@ -1,0 +1,76 @@
+"""Measurements of the kernels: what they move, what a GPU could do at best, and no GPU at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benches import gpu_kernels, gpu_tests, gpu_workload, kernels, record
+from benches.gpu_workload import Ceilings, Point, binds, floor_us, points, rotations
+
+NO_GPU_HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="another version: a GPU is here")
+
+
+def test_bytes_and_products_are_counted() -> None:
+    point = Point(t=10, k=3, d=100)
+    assert point.read == 2 * 10 * 100 + 2 * 3 * 100 + 4 * 10 * 3
+    assert point.steered - point.read == 2 * 10 * 100
+    assert point.flops == 2 * 10 * 3 * 100
+    assert Point(t=10, k=3, d=100, bank_bytes=4).read - point.read == 2 * 3 * 100
+
+
+def test_the_roofline_is_bytes_for_few_vectors_and_arithmetic_for_many() -> None:
+    ceilings = Ceilings(copy_bytes_per_us=4.3e6, flops_per_us=790e6)
+    few, many = Point(65536, 7, 3584), Point(65536, 1024, 3584)
+    assert (binds(few, ceilings), binds(many, ceilings)) == ("bytes", "arithmetic")
+    assert floor_us(few.read, few.flops, ceilings) == pytest.approx(110, rel=0.01)
+    assert floor_us(many.read, many.flops, ceilings) == pytest.approx(609, rel=0.01)
+
+
+def test_inputs_are_rotated_until_the_cache_is_cold() -> None:
+    cache = 60 << 20
+    for point in points():
+        count = rotations(point.steered, cache)
+        assert count >= 2
+        assert count * point.steered >= min(gpu_workload.COLD * cache, 2 * point.steered)
+    assert len(list(points())) == 50
+
+
+@NO_GPU_HERE
+def test_without_a_gpu_the_record_has_no_figure_and_says_why(tmp_path: Path) -> None:
+    made = gpu_kernels.measure(command="x")
+    assert {cell.status for cell in made.cells.values()} == {"not measured"}
+    assert {cell.reason for cell in made.cells.values()} == {"no GPU"}
+    assert len(made.cells) > 250
+    assert record.read(record.write(made, tmp_path)) == made
+    found = gpu_tests.run(None)
+    assert (found["status"], found["reason"]) == ("not measured", "no GPU")
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("name", kernels.PAIRS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_an_op_and_its_hand_written_twin_do_the_same(name: str, dtype: str) -> None:
+    found = kernels.Operands.of(5, 3, 64, kernels.DTYPES[dtype])
+    assert kernels.error_of(name, found) <= kernels.SCORES
+    twin = kernels.Operands.of(5, 3, 64, kernels.DTYPES[dtype])
+    kernels.PAIRS[name][1](twin)
+    assert torch.equal(twin.h, found.h)
+    if name != "steer":
+        assert torch.allclose(twin.scores, found.scores, atol=1e-5)
+
+
+def test_a_wrong_op_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, hand = kernels.PAIRS["project"]
+    monkeypatch.setitem(kernels.PAIRS, "project", (lambda x: x.scores.fill_(0.1), hand))
+    made = kernels.measure(kernels.QUICK, command="x")
+    assert not made.correct
+    assert {cell.status for cell in made.cells.values()} == {"failed"}
+
+
+def test_the_quick_run_measures_every_pair() -> None:
+    made = kernels.measure(kernels.QUICK, command="x")
+    assert made.correct
+    assert len(made.cells) == 2 * 2 * len(kernels.PAIRS)
+    assert {cell.status for cell in made.cells.values()} == {"measured"}
