@@ -3,6 +3,7 @@
 from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
+from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
@@ -26,7 +27,6 @@ from pvcore.sites import resid_post as resid_post
 from pvcore.sites import resid_pre as resid_pre
 from pvcore.stream import Alarm as Alarm
 from pvcore.stream import Step as Step
-from pvcore.training import PreventionCallback as PreventionCallback
 from pvcore.training import prevent as prevent
 from pvcore.traits import Trait as Trait
 from pvcore.vectors import PersonaVector as PersonaVector

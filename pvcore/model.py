@@ -1,7 +1,8 @@
 """HookedModel: a Hugging Face causal language model whose residual stream is in reach."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -151,6 +152,23 @@ class HookedModel:
         self._tracing.refuse_inside("a plan to arm")
         self.check(plan, check_model=check_model)
         return self._taps.armed(programs, row_counts=plan.row_counts)
+
+    def hold_programs(
+        self,
+        plan: Plan,
+        programs: Mapping[Site, SiteProgram],
+        *,
+        lapsed: Callable[[], bool],
+        check_model: bool = True,
+    ) -> Callable[[], None]:
+        """Like `arm_programs` without a block: until `lapsed` is true or the result is called.
+
+        For programs that act with gradients on.
+        """
+        self._tracing.refuse_inside("a plan to arm")
+        self.check(plan, check_model=check_model)
+        held = self._taps.hold(programs, row_counts=plan.row_counts, lapsed=lapsed)
+        return partial(self._taps.release, held)
 
     def check(self, plan: Plan, *, check_model: bool = True) -> None:
         """Raise one `PlanError` or `SiteError` if a plan does not fit this model."""

@@ -84,9 +84,12 @@ class Session:
         readers: Sequence[Reader] = (),
         row_counts: frozenset[int] = frozenset(),
         stop_at: Site | None = None,
+        lapsed: Callable[[], bool] | None = None,
         outer: "Session | None" = None,
     ) -> None:
         self.outer = outer
+        # Asked where nothing else could take the session off: it counts as gone once this is true.
+        self.lapsed = lapsed
         self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
         self.readers: tuple[Reader, ...] = (*(outer.readers if outer else ()), *readers)
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
@@ -215,8 +218,11 @@ RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
 
 
 def session_on(owner: int) -> Session | None:
-    """The session armed on decoder `owner` in this context."""
-    return (ARMED.get() or {}).get(owner)
+    """The session armed on decoder `owner` in this context; one that has lapsed is none."""
+    session = (ARMED.get() or {}).get(owner)
+    while session is not None and session.lapsed is not None and session.lapsed():
+        session = session.outer
+    return session
 
 
 class Recomputes:

@@ -227,6 +227,10 @@ def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
     return torch.compiler.disable(act)(*args)  # type: ignore[no-untyped-call]
 
 
+def _gone() -> bool:
+    return True
+
+
 _KEYS = count()
 _TAPPING = threading.Lock()
 
@@ -298,15 +302,7 @@ class Taps:
 
         Raises `HookError` on leaving if no forward ran, unless an error is already on its way.
         """
-        for site in {*programs, *(site for reader in readers for site in reader.sites)}:
-            self.tap(site)
-        session = Session(
-            programs,
-            readers=readers,
-            row_counts=row_counts,
-            stop_at=stop_at,
-            outer=session_on(self.key),
-        )
+        session = self._session(programs, readers, row_counts, stop_at)
         token = ARMED.set({**(ARMED.get() or {}), self.key: session})
         ARMINGS.count(1)
         try:
@@ -320,6 +316,50 @@ class Taps:
                 "got an armed plan and no forward of the model inside its block; run the model "
                 "inside it (a copy, or a compiled twin made earlier, does not count)"
             )
+
+    def hold(
+        self,
+        programs: Mapping[Site, SiteProgram],
+        *,
+        row_counts: frozenset[int],
+        lapsed: Callable[[], bool],
+    ) -> Session:
+        """Arm programs that act with gradients on, until released or `lapsed`: for callbacks.
+
+        Other plans may come and go meanwhile, in any order.
+        """
+        session = self._session(programs, row_counts=row_counts, lapsed=lapsed)
+        ARMED.set({**(ARMED.get() or {}), self.key: session})
+        return session
+
+    def release(self, session: Session) -> None:
+        """Take off what is held; a plan armed on top of it stays, and its part of it lapses."""
+        session.lapsed = _gone
+        armed = dict(ARMED.get() or {})
+        if armed.get(self.key) is session:
+            del armed[self.key]
+            below = session_on(self.key)
+            ARMED.set((armed if below is None else {**armed, self.key: below}) or None)
+
+    def _session(
+        self,
+        programs: Mapping[Site, SiteProgram],
+        readers: Sequence[Reader] = (),
+        row_counts: frozenset[int] = frozenset(),
+        stop_at: Site | None = None,
+        lapsed: Callable[[], bool] | None = None,
+    ) -> Session:
+        """A session on top of the one there is, with a tap at every site of it."""
+        for site in {*programs, *(site for reader in readers for site in reader.sites)}:
+            self.tap(site)
+        return Session(
+            programs,
+            readers=readers,
+            row_counts=row_counts,
+            stop_at=stop_at,
+            lapsed=lapsed,
+            outer=session_on(self.key),
+        )
 
     @contextmanager
     def calling(self, call: Call) -> Iterator[list[Outcome]]:
@@ -347,7 +387,15 @@ class Taps:
 def taps_of(decoder: Decoder) -> Taps:
     """The taps of a decoder, put on the first time it is seen."""
     with _TAPPING:
-        for hook in decoder.owner._forward_pre_hooks.values():
-            if isinstance(hook, _Begin):
-                return hook.taps
-        return Taps(decoder)
+        return _taps_on(decoder) or Taps(decoder)
+
+
+def is_tapped(decoder: Decoder) -> bool:
+    """Whether a decoder has its taps already."""
+    with _TAPPING:
+        return _taps_on(decoder) is not None
+
+
+def _taps_on(decoder: Decoder) -> Taps | None:
+    begins = (h for h in decoder.owner._forward_pre_hooks.values() if isinstance(h, _Begin))
+    return next((begin.taps for begin in begins), None)

@@ -1,0 +1,105 @@
+"""Callbacks for `transformers.Trainer`, TRL's trainers, and whatever calls back as they do."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from pvcore.errors import HookError
+from pvcore.interventions import Intervention
+from pvcore.model import HookedModel
+from pvcore.plan import Plan
+from pvcore.training import Prevention, Schedule
+from pvcore.wrappers import as_hooked, refuse_replicas
+
+
+class Callback:
+    """Hears every event of a trainer and does nothing; newer trainers have more events."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("on_"):
+            return lambda *_, **__: None
+        raise AttributeError(name)
+
+
+class PreventionCallback(Callback):
+    """Preventative steering (paper, section 5.2): `prevent` from when training begins to its end.
+
+    Nothing is armed after that, also if training ends by an exception. `model` is by default the
+    trainer's. Raises what `prevent` raises before the first step, and `HookError` after a step in
+    which nothing was steered.
+    """
+
+    def __init__(
+        self,
+        *interventions: Intervention,
+        model: HookedModel | nn.Module | None = None,
+        schedule: Schedule | str = "constant",
+        check_model: bool = True,
+    ) -> None:
+        self._plan = Plan(*interventions)  # refuses an empty one here, not hours later
+        Prevention(interventions, schedule)
+        self._model, self._schedule, self._check_model = model, schedule, check_model
+        self._prevention: Prevention | None = None
+        self._release: Callable[[], None] | None = None
+        self._steered = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._leave()
+        refuse_replicas(getattr(args, "n_gpu", 1))
+        loop = _Loop()
+        prevention = Prevention(self._plan.interventions, self._schedule, loop.ended)
+        hooked = as_hooked(given["model"] if self._model is None else self._model)
+        self._release = hooked.hold_programs(
+            self._plan, prevention.gates(), lapsed=loop.ended, check_model=self._check_model
+        )
+        self._prevention = prevention
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._prevention is not None:
+            self._steered = self._prevention.steered
+            if state.max_steps > 0:
+                self._prevention.advance(min(state.global_step / state.max_steps, 1.0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._prevention is not None and self._prevention.steered == self._steered:
+            raise HookError(
+                "got a training step in which nothing was steered; train the very model the "
+                "callback was given, hooked before it is compiled, in the trainer's own thread"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        release, self._release, self._prevention = self._release, None, None
+        if release is not None:
+            release()
+
+
+class _Loop:
+    """The trainer's function that called back. No event tells of its end by an exception."""
+
+    def __init__(self) -> None:
+        self._frame = _caller("_inner_training_loop") or _caller("train")
+        self._ended = False
+
+    def ended(self) -> bool:
+        if self._frame is not None:
+            try:
+                # Python's own way to let go of what a failed function held; refused while it runs.
+                self._frame.clear()
+            except RuntimeError:
+                return False
+            self._frame, self._ended = None, True
+        return self._ended
+
+
+def _caller(name: str) -> FrameType | None:
+    """The nearest function of this name that is running, if any."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame

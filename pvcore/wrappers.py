@@ -1,0 +1,53 @@
+"""The decoder inside what finetuning wraps around it: PEFT, DDP, engines, and compilers."""
+
+from typing import Any
+
+from torch import nn
+
+from pvcore.blocks import find_decoder
+from pvcore.errors import HookError
+from pvcore.model import HookedModel
+from pvcore.taps import is_tapped
+
+
+def as_hooked(model: HookedModel | nn.Module, tokenizer: Any = None) -> HookedModel:
+    """The model itself, or the decoder inside wrappers of finetuning, hooked.
+
+    Raises `HookError` for a model that was compiled before it was hooked, and for one whose
+    replicas run in threads, where no plan is seen.
+    """
+    if isinstance(model, HookedModel):
+        return model
+    inner: Any = model
+    compiled = False
+    while (wrapped := _inside(inner)) is not None:
+        compiled = compiled or hasattr(inner, "_orig_mod")
+        inner = wrapped
+    if compiled and not is_tapped(find_decoder(inner)):
+        raise HookError(
+            "got a model that was compiled before it was hooked, which may ignore every hook; "
+            "make a HookedModel of the plain model first, then compile"
+        )
+    return HookedModel(inner, tokenizer)
+
+
+def refuse_replicas(devices: int) -> None:
+    """Raise `HookError` where one process trains on several devices by threads."""
+    if devices > 1:
+        raise HookError(
+            f"got training on {devices} devices by threads of one process (DataParallel), which "
+            "see no armed plan; start one process for each device with torchrun, or make one "
+            "device visible"
+        )
+
+
+def _inside(model: Any) -> Any:
+    """What a wrapper holds; None for a model that wraps nothing."""
+    if isinstance(model, nn.DataParallel):
+        refuse_replicas(len(model.device_ids))
+    if hasattr(model, "_orig_mod"):
+        return model._orig_mod
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    held = None if hasattr(model, "config") else getattr(model, "module", None)
+    return held if isinstance(held, nn.Module) else None
