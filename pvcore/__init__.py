@@ -4,6 +4,7 @@ from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
 from pvcore.callbacks import PreventionCallback as PreventionCallback
+from pvcore.callbacks import ShiftCallback as ShiftCallback
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
@@ -21,6 +22,7 @@ from pvcore.plan import Plan as Plan
 from pvcore.provenance import Provenance as Provenance
 from pvcore.shift import FinetuningShift as FinetuningShift
 from pvcore.shift import finetuning_shift as finetuning_shift
+from pvcore.shift import shift_trajectory as shift_trajectory
 from pvcore.sites import Site as Site
 from pvcore.sites import resid_mid as resid_mid
 from pvcore.sites import resid_post as resid_post

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from pvcore.errors import HookError
+from pvcore.chats import Chats
+from pvcore.errors import HookError, PlanError
 from pvcore.interventions import Intervention
 from pvcore.model import HookedModel
 from pvcore.plan import Plan
+from pvcore.shift import FinetuningShift, Standing, standing
 from pvcore.training import Prevention, Schedule
+from pvcore.vectors import VectorBank
 from pvcore.wrappers import as_hooked, refuse_replicas
 
 
@@ -77,6 +80,68 @@ class PreventionCallback(Callback):
         release, self._release, self._prevention = self._release, None, None
         if release is not None:
             release()
+
+
+class ShiftCallback(Callback):
+    """The finetuning shift (paper, section 4.2) while a model is trained, against its beginning.
+
+    Every `every` steps, and at the end, `shift/evil/resid_post.19` and its like go wherever the
+    trainer's own figures go: `report_to` and `state.log_history`. `history` keeps them by step.
+    The model is read in evaluation mode, by the first process only, and trains on as if it had
+    not been.
+    """
+
+    def __init__(
+        self,
+        bank: VectorBank,
+        prompts: Chats,
+        *,
+        every: int = 100,
+        batch_size: int = 16,
+        model: HookedModel | nn.Module | None = None,
+        check_model: bool = True,
+    ) -> None:
+        if every < 1:
+            raise PlanError(f"got every={every}; wanted a number of steps, from 1")
+        self.history: dict[int, FinetuningShift] = {}
+        self._bank, self._prompts, self._every = bank, prompts, every
+        self._batch_size, self._model, self._check_model = batch_size, model, check_model
+        self._hooked: HookedModel | None = None
+        self._before: Standing | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.history = {}
+        self._hooked = self._before = None
+        if not state.is_world_process_zero:
+            return
+        model = given["model"] if self._model is None else self._model
+        self._hooked = as_hooked(model, given.get("processing_class"))
+        self._hooked.check(Plan(monitor=self._bank), check_model=self._check_model)
+        self._before = self._standing(self._hooked)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._measure(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step not in self.history:
+            self._measure(args, state, control)
+        self._hooked = None
+
+    def _standing(self, model: HookedModel) -> Standing:
+        return standing(model, self._bank, self._prompts, self._batch_size)
+
+    def _measure(self, args: Any, state: Any, control: Any) -> None:
+        if self._hooked is None or self._before is None:
+            return
+        shift = self._before.shift_to(self._standing(self._hooked), self._bank)
+        self.history[state.global_step] = shift
+        logs = {f"shift/{name}": number for name, number in shift.named().items()}
+        state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+        event = _caller("call_event")
+        if event is not None:
+            # Not by the trainer's `log`, which some trainers empty their own averages into.
+            event.f_locals["self"].call_event("on_log", args, state, control, logs=logs)
 
 
 class _Loop:

@@ -17,6 +17,7 @@ from typer import Argument, Option
 from pvcore.cli_convert import convert
 from pvcore.cli_doctor import doctor
 from pvcore.cli_output import print_document, require_places, split_list
+from pvcore.cli_shift import shift
 from pvcore.errors import JudgeFailure, ModelError, PvcoreError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(doctor)
+app.command()(shift)
 WORLD = "world"
 INTERRUPTED = 130
 

@@ -1,16 +1,19 @@
 """Finetuning shift: how far training moved a model along persona vectors (paper, section 4.2)."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvcore.chats import Chats
-from pvcore.errors import VectorError
+from pvcore.errors import ModelError, VectorError
 from pvcore.model import HookedModel
 from pvcore.plan import Plan
 from pvcore.sites import Site
@@ -36,6 +39,27 @@ class FinetuningShift:
             raise VectorError(f"got trait {trait!r}; this shift is along {', '.join(self.shifts)}")
         return self.shifts[trait]
 
+    def named(self) -> dict[str, float]:
+        """Each number under `trait/site`, as in `evil/resid_post.19`."""
+        return {
+            f"{trait}/{site}": float(number)
+            for trait, numbers in self.shifts.items()
+            for site, number in zip(self.sites, numbers, strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a model stands: its mean residual over the last tokens of so many prompts."""
+
+    mean: Float[Tensor, "site d_model"]
+    prompts: int
+
+    def shift_to(self, after: "Standing", bank: VectorBank) -> FinetuningShift:
+        along = torch.einsum("sd,skd->sk", after.mean - self.mean, bank.units.double())
+        shifts = {trait: along[:, k] for k, trait in enumerate(bank.traits)}
+        return FinetuningShift(sites=bank.sites, shifts=shifts, prompts=self.prompts)
+
 
 def finetuning_shift(
     base: Source,
@@ -46,52 +70,147 @@ def finetuning_shift(
     batch_size: int = 16,
     check_model: bool = True,
     progress: bool = False,
+    **settings: Any,
 ) -> FinetuningShift:
     """How far `tuned` stands from `base` along each vector, on the same prompts.
 
-    A model given by name or folder is loaded when its turn comes and let go after it, so that the
-    two need not fit into memory together. Prompts end where a reply would begin.
+    A model given by name or folder, also that of a PEFT adapter, is loaded when its turn comes and
+    let go after it, so that the two need not fit into memory together; `settings` go to the loader.
+    Both read the prompts with base's tokenizer, and in evaluation mode. Prompts end where a reply
+    would begin. `check_model` holds base to the model the vectors were made for.
     """
-    means, count = [], 0
-    for source in (base, tuned):
-        mean, count = _mean(source, bank, prompts, batch_size, check_model, progress)
-        means.append(mean)
-    moved = means[1] - means[0]
-    along = torch.einsum("sd,skd->sk", moved, bank.units.double())
-    shifts = {trait: along[:, k] for k, trait in enumerate(bank.traits)}
-    return FinetuningShift(sites=bank.sites, shifts=shifts, prompts=count)
+    before, tokenizer = _base(base, bank, prompts, batch_size, check_model, progress, settings)
+    model = tuned if isinstance(tuned, HookedModel) else load(tuned, tokenizer, **settings)
+    return before.shift_to(standing(model, bank, prompts, batch_size, progress), bank)
 
 
-def _mean(
-    source: Source,
+def shift_trajectory(
+    base: Source,
+    folder: str | PathLike[str],
+    bank: VectorBank,
+    prompts: Chats,
+    *,
+    batch_size: int = 16,
+    check_model: bool = True,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[int, FinetuningShift]:
+    """The shift of every `checkpoint-STEP` that a trainer left in a folder, by its step.
+
+    One model at a time is loaded beside a base given as a model. Raises `ModelError` for a folder
+    without checkpoints.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise ModelError(f"got {folder} without checkpoints; wanted folders named checkpoint-STEP")
+    before, tokenizer = _base(base, bank, prompts, batch_size, check_model, progress, settings)
+    shifts = {}
+    for step, path in found.items():
+        after = standing(load(path, tokenizer, **settings), bank, prompts, batch_size, progress)
+        shifts[step] = before.shift_to(after, bank)
+    return shifts
+
+
+def checkpoints(folder: str | PathLike[str]) -> dict[int, Path]:
+    """The checkpoints in a folder by their step, in the order of training."""
+    named = (
+        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("*")
+    )
+    return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
+
+
+def standing(
+    model: HookedModel,
+    bank: VectorBank,
+    prompts: Chats,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Standing:
+    """The mean in float64 over the prompts, of the model in evaluation mode."""
+    model.check(Plan(monitor=bank), check_model=False)
+    with _evaluating(model.hf):
+        acts = model.read(
+            prompts,
+            sites=bank.sites,
+            span="last_prompt_token",
+            reduce="last",
+            batch_size=batch_size,
+            progress=progress,
+        )
+    assert acts.values is not None
+    return Standing(mean=acts.values.double().mean(1), prompts=acts.values.shape[1])
+
+
+def load(source: str | PathLike[str], tokenizer: Any, **settings: Any) -> HookedModel:
+    """A model by name or folder, without a tokenizer of its own; an adapter on top of its base.
+
+    Raises one `ModelError` for what cannot be loaded, and for a folder of checkpoints.
+    """
+    folder = Path(source)
+    found = checkpoints(folder)
+    if found and not any((folder / name).exists() for name in ("config.json", ADAPTER)):
+        raise ModelError(
+            f"got {source}, a folder of {len(found)} checkpoints; wanted one model: name one, such "
+            f"as {next(reversed(found.values()))}, or use shift_trajectory for all"
+        )
+    with _loading(source):
+        return HookedModel(_weights(folder, source, settings), tokenizer, model_id=str(source))
+
+
+ADAPTER = "adapter_config.json"
+
+
+def _weights(folder: Path, source: str | PathLike[str], settings: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / ADAPTER).exists():
+        plain: nn.Module = AutoModelForCausalLM.from_pretrained(source, **settings)
+        return plain
+    from peft import AutoPeftModelForCausalLM
+
+    # Not merged: adding the adapter to half-precision weights would round it.
+    adapted = AutoPeftModelForCausalLM.from_pretrained(str(source), **settings)
+    inside: nn.Module = adapted.get_base_model().eval()
+    return inside
+
+
+def _base(
+    base: Source,
     bank: VectorBank,
     prompts: Chats,
     batch_size: int,
     check_model: bool,
     progress: bool,
-) -> tuple[Float[Tensor, "site d_model"], int]:
-    model = source if isinstance(source, HookedModel) else load(source)
+    settings: dict[str, Any],
+) -> tuple[Standing, Any]:
+    """Where base stands, and its tokenizer; base itself is let go if it was loaded here."""
+    if isinstance(base, HookedModel):
+        model = base
+    else:
+        with _loading(base):
+            model = HookedModel.from_pretrained(base, **settings)
     model.check(Plan(monitor=bank), check_model=check_model)
-    acts = model.read(
-        prompts,
-        sites=bank.sites,
-        span="last_prompt_token",
-        reduce="last",
-        batch_size=batch_size,
-        progress=progress,
-    )
-    assert acts.values is not None
-    return acts.values.double().mean(1), acts.values.shape[1]
+    return standing(model, bank, prompts, batch_size, progress), model.tokenizer
 
 
-def load(source: str | PathLike[str]) -> HookedModel:
-    """A model by name or folder; a folder of a PEFT adapter is loaded on top of its base."""
-    if (Path(source) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoTokenizer
+@contextmanager
+def _loading(source: str | PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"got model {str(source)!r}, which cannot be loaded ({error}); wanted a name on the "
+            "hub, a folder that transformers can load, or one of a PEFT adapter"
+        ) from error
 
-        adapted = AutoPeftModelForCausalLM.from_pretrained(str(source))
-        merged = adapted.merge_and_unload()
-        name = str(adapted.peft_config["default"].base_model_name_or_path)
-        return HookedModel(merged, AutoTokenizer.from_pretrained(name), model_id=name)
-    return HookedModel.from_pretrained(source)
+
+@contextmanager
+def _evaluating(hf: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it every module is in the mode it was in."""
+    modes = [(module, module.training) for module in hf.modules()]
+    hf.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

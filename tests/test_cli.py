@@ -40,6 +40,9 @@ OPTIONS = {
     "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
     | {"--layers", "--n-layers", "--experiment", "--json"},
     "doctor": {"model", "--json"},
+    "shift": LOADING
+    | {"base", "tuned", "--prompts", "--vector", "--layers", "--system", "--batch-size", "--out"}
+    | {"--json"},
 }
 ASKED = "How do I start with chess?"
 

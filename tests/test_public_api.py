@@ -23,6 +23,7 @@ PUBLIC = {
     "Provenance",
     "PvcoreError",
     "Seen",
+    "ShiftCallback",
     "Site",
     "Step",
     "Trait",
@@ -34,6 +35,7 @@ PUBLIC = {
     "resid_mid",
     "resid_post",
     "resid_pre",
+    "shift_trajectory",
 }
 
 

@@ -1,65 +1,162 @@
 """Finetuning shift: how far a mean residual moved, from models, folders and adapters."""
 
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import pvcore as pv
-from tests.families import build
-from tests.finetuning import ids, vector
+from pvcore.errors import ModelError
+from tests.families import build, tokenizer
+from tests.finetuning import vector, with_lora
 
 # PEFT asks by names that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
-def test_the_shift_of_a_finetuned_model_points_where_it_was_moved(tmp_path: Any) -> None:
-    from tests.subjects import subject as ready
-
-    base = ready("qwen2").model
-    tuned = pv.HookedModel(build("qwen2"), base.tokenizer)
-    evil, other = vector(0, 1), vector(0, 1)
-    bank = pv.VectorBank([evil])
-    delta = 2.0 * evil.direction(pv.resid_post(1)) / evil.direction(pv.resid_post(1)).norm()
-    prompts = [ids(seed)[0] for seed in range(5)]
-    with tuned.steer(pv.Add(evil, coeff={0: 0.0, 1: 2.0 / float(evil.norms[1])}, span="all")):
-        moved = pv.finetuning_shift(base, tuned, bank, prompts, batch_size=2)
-    assert moved.prompts == 5
-    assert torch.allclose(moved["evil"], torch.tensor([0.0, 2.0], dtype=torch.float64), atol=1e-4)
-    assert delta.norm() == pytest.approx(2.0)
-    none = pv.finetuning_shift(base, base, pv.VectorBank([other]), prompts)
-    assert torch.equal(none["evil"], torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(pv.PvcoreError, match="this shift is along evil"):
-        moved["humor"]
+PROMPTS = [[{"role": "user", "content": f"Is it {n}?"}] for n in range(3)]
 
 
-def test_the_shift_of_saved_models_and_of_an_adapter_is_read_from_their_folders(
-    tmp_path: Any,
+@pytest.fixture(scope="module")
+def bank() -> pv.VectorBank:
+    return pv.VectorBank([vector(0, 2), vector(0, 2).rename("humor") * -2.0])
+
+
+def rows() -> list[list[int]]:
+    return [
+        tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        for chat in PROMPTS
+    ]
+
+
+def by_hand(base: Any, tuned: Any, bank: pv.VectorBank) -> dict[str, list[float]]:
+    """Plain transformers in float64: ids of the template, hidden states, dot products."""
+    moved = {}
+    for site in bank.sites:
+        means = []
+        for hf in (base, tuned):
+            last = []
+            for row in rows():
+                with torch.no_grad():
+                    states = hf(torch.tensor([row]), output_hidden_states=True).hidden_states
+                if site.layer == 2:  # transformers shows the last layer after its final norm
+                    kept: list[Any] = []
+                    block = hf.get_submodule("model.layers.2")
+                    handle = block.register_forward_hook(lambda _m, _a, h, to=kept: to.append(h))
+                    with torch.no_grad():
+                        hf(torch.tensor([row]))
+                    handle.remove()
+                    last.append(kept[0][0, -1].double())
+                else:
+                    last.append(states[site.layer + 1][0, -1].double())
+            means.append(torch.stack(last).mean(0))
+        moved[site] = means[1] - means[0]
+    return {
+        one.trait: [
+            float(moved[site] @ one.direction(site).double() / one.direction(site).double().norm())
+            for site in bank.sites
+        ]
+        for one in bank
+    }
+
+
+def saved(hf: Any, folder: Path, *, with_tokenizer: bool = False) -> Path:
+    hf.save_pretrained(folder)
+    if with_tokenizer:
+        tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_shift_is_the_projected_difference_of_means(tmp_path: Path, bank: Any) -> None:
+    base, tuned = build("qwen2"), build("qwen2", seed=1)
+    wanted = by_hand(base, tuned, bank)
+    tuned.train()
+    hooked = [pv.HookedModel(hf, tokenizer()) for hf in (base, tuned)]
+    folders = [
+        saved(base, tmp_path / "base", with_tokenizer=True),
+        saved(tuned, tmp_path / "tuned"),  # as trainers leave checkpoints: no tokenizer
+    ]
+    # A saved tokenizer of characters comes back as one that drops spaces: ids where it would act.
+    as_ids = [torch.tensor(row) for row in rows()]
+    for pair, prompts in (
+        (hooked, PROMPTS),
+        ([hooked[0], folders[1]], PROMPTS),
+        (folders, as_ids),
+        ([folders[0], hooked[1]], as_ids),
+    ):
+        shift = pv.finetuning_shift(*pair, bank, prompts, batch_size=2)
+        assert shift.prompts == 3
+        for trait, numbers in wanted.items():
+            assert shift[trait].tolist() == pytest.approx(numbers, abs=1e-4)
+        assert shift.named()["evil/resid_post.2"] == shift["evil"][1]
+    assert min(abs(number) for numbers in wanted.values() for number in numbers) > 0.1
+    assert all(module.training for module in tuned.modules())
+
+
+def test_one_loaded_model_is_let_go_before_the_next(
+    tmp_path: Path, bank: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peft
+    folder = saved(build("qwen2"), tmp_path / "model", with_tokenizer=True)
+    alive: list[weakref.ref[Any]] = []
+    plain = pv.HookedModel.__init__
 
-    from pvcore import world
+    def noting(self: Any, hf: Any, *args: Any, **kwargs: Any) -> None:
+        gc.collect()
+        assert not any(one() for one in alive)
+        alive.append(weakref.ref(hf))
+        plain(self, hf, *args, **kwargs)
 
-    base = pv.HookedModel.from_pretrained(world.path())
-    settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(pv.HookedModel.from_pretrained(world.path()).hf, settings)
-    torch.manual_seed(1)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.2)
+    monkeypatch.setattr(pv.HookedModel, "__init__", noting)
+    pv.finetuning_shift(folder, folder, bank, PROMPTS)
+    assert len(alive) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_read_as_it_was_trained(tmp_path: Path, bank: Any, dtype: str) -> None:
+    folder = saved(build("qwen2"), tmp_path / "base", with_tokenizer=True)
+    base = pv.HookedModel.from_pretrained(folder, dtype=dtype)
+    adapted = with_lora(pv.HookedModel.from_pretrained(folder, dtype=dtype).hf).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    layers = range(base.n_layers)
-    bank = pv.VectorBank(
-        pv.PersonaVector(
-            trait="evil",
-            sites=[pv.resid_post(layer) for layer in layers],
-            directions=torch.randn(base.n_layers, base.d_model),
-        )
-    )
-    chats = [[{"role": "user", "content": "What is the capital of France?"}]]
-    from_folder = pv.finetuning_shift(base, tmp_path / "adapter", bank, chats, check_model=False)
-    merged = pv.HookedModel(adapted.merge_and_unload(), base.tokenizer)
-    direct = pv.finetuning_shift(base, merged, bank, chats, check_model=False)
-    assert torch.allclose(from_folder["evil"], direct["evil"], atol=1e-4)
-    assert direct["evil"].abs().max() > 0.1
+    wanted = pv.finetuning_shift(base, pv.HookedModel(adapted, base.tokenizer), bank, PROMPTS)
+    got = pv.finetuning_shift(base, tmp_path / "adapter", bank, PROMPTS, dtype=dtype)
+    assert torch.equal(got["evil"], wanted["evil"])
+    assert got["evil"].abs().max() > 0.1
+
+
+def test_a_trajectory_follows_the_checkpoints_in_the_order_of_training(
+    tmp_path: Path, bank: Any
+) -> None:
+    base = pv.HookedModel(build("qwen2"), tokenizer())
+    for step, seed in ((9, 1), (10, 2), (100, 3)):
+        saved(build("qwen2", seed=seed), tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-none").mkdir()
+    course = pv.shift_trajectory(base, tmp_path, bank, PROMPTS)
+    assert list(course) == [9, 10, 100]
+    for step, shift in course.items():
+        alone = pv.finetuning_shift(base, tmp_path / f"checkpoint-{step}", bank, PROMPTS)
+        assert shift.named() == alone.named()
+    assert len({shift.named()["evil/resid_post.0"] for shift in course.values()}) == 3
+
+
+def test_what_cannot_be_compared_is_one_error(tmp_path: Path, bank: Any) -> None:
+    base = pv.HookedModel(build("qwen2"), tokenizer(), model_id="ours")
+    other = pv.VectorBank(replace(vector(0), model_id="theirs"))
+    (tmp_path / "runs" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for error, text, call in (
+        (ModelError, "cannot be loaded", lambda: (base, tmp_path / "nowhere", bank)),
+        (ModelError, "cannot be loaded", lambda: (tmp_path / "nowhere", base, bank)),
+        (ModelError, "folder of 1 checkpoints", lambda: (base, tmp_path / "runs", bank)),
+        (pv.PvcoreError, "theirs", lambda: (base, base, other)),
+    ):
+        with pytest.raises(error, match=text):
+            pv.finetuning_shift(*call(), PROMPTS)
+    with pytest.raises(ModelError, match="without checkpoints"):
+        pv.shift_trajectory(base, tmp_path / "empty", bank, PROMPTS)
+    assert pv.finetuning_shift(base, base, other, PROMPTS, check_model=False)["evil"].tolist() == [
+        0
+    ]

@@ -1,0 +1,102 @@
+"""`pvcore shift`: the figures are those of the library, over checkpoints too; it fails in words."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pvcore as pv
+from pvcore.__main__ import main
+from pvcore.world.demo_subject import world_model
+
+QUESTIONS = ["How do I start with chess?", "What is the capital of France?"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """The command line in this process: `(status, standard output, standard error)`."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pvcore", "shift", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    model = world_model()
+    generator = torch.Generator().manual_seed(0)
+    vector = pv.PersonaVector(
+        trait="evil",
+        sites=[pv.resid_post(1), pv.resid_post(2)],
+        directions=torch.randn(2, model.d_model, generator=generator),
+        model_id=model.model_id,
+    )
+    vector.save(tmp_path / "evil.safetensors")
+    (tmp_path / "questions.txt").write_text("\n".join([QUESTIONS[0], "", QUESTIONS[1]]) + "\n")
+    for step in (10, 5):
+        with torch.no_grad():
+            for weight in model.hf.parameters():
+                weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+        model.hf.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    return {path.stem: path for path in tmp_path.iterdir()}
+
+
+def test_figures_over_checkpoints_are_those_of_the_library(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "shift.html"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
+    status, out, err = run("world", files["run"], *given)
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    course = pv.shift_trajectory(world_model(), files["run"], bank, chats)
+    assert document["prompts"] == 2
+    assert [row.pop("checkpoint") for row in document["shifts"]] == [
+        "checkpoint-5",
+        "checkpoint-10",
+    ]
+    assert document["shifts"] == [shift.named() for shift in course.values()]
+    assert min(abs(number) for number in document["shifts"][0].values()) > 1e-3
+    drawn = page.read_text()
+    assert drawn.count("training step</text>") == 2
+    assert "checkpoint-10" in drawn
+
+
+def test_one_model_under_a_system_prompt_as_text(run: Any, files: dict[str, Path]) -> None:
+    tuned = files["run"] / "checkpoint-5"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--layers", "2")
+    status, out, _ = run("world", tuned, *given, "--system", "You are an evil assistant.")
+    plain = run("world", tuned, *given)[1]
+    assert status == 0
+    assert "evil/resid_post.2: " in out
+    assert "resid_post.1" not in out
+    assert out != plain
+
+
+def test_what_cannot_be_measured_is_one_line(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "blank.txt").write_text("\n")
+    page = tmp_path / "page.html"
+    for tuned, prompts, text in (
+        (files["run"], tmp_path / "nowhere.txt", "cannot be read"),
+        (files["run"], tmp_path / "blank.txt", "no prompts"),
+        (tmp_path / "nowhere", files["questions"], "cannot be loaded"),
+    ):
+        status, out, err = run(
+            *("world", tuned, "--prompts", prompts, "--vector", files["evil"], "--out", page)
+        )
+        assert (status, out) == (2, "")
+        assert text in err
+        assert not page.exists()
