@@ -65,7 +65,11 @@ def _block(name: str, results: Path) -> str:
         return f"*{name}: {NOT_MEASURED}*"
     if name == "demo":
         return demo_summary(record.read_json(path))
-    return tables.summary(record.read(path))
+    found = record.read(path)
+    if found.cells and all(cell.status == NOT_MEASURED for cell in found.cells.values()):
+        reasons = dict.fromkeys(cell.reason for cell in found.cells.values() if cell.reason)
+        return f"*{name}: {', '.join([NOT_MEASURED, *reasons])}*"
+    return tables.summary(found)
 
 
 def _single(what: str, results: Path) -> str:

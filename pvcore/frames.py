@@ -162,6 +162,18 @@ def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Fram
     return frame
 
 
+def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
+    """Whether a forward is the decode step after `frame`, a step of the same declared call."""
+    tokens = given.get("input_ids")
+    return (
+        frame.steady
+        and frame.declared
+        and tokens is not None
+        and tokens.shape == (frame.batch, 1)
+        and _DECLARED.get().get(owner) is frame.call
+    )
+
+
 def _columns_in(cache: Any, owner: int, call: Call | None, width: int) -> int:
     """How many columns a cache holds. A recurrent state does not say, so its calls are counted."""
     try:

@@ -137,6 +137,13 @@ class Run:
         self._shape: torch.Size | None = None
         self.ended = False
 
+    def begin_step(self) -> None:
+        """Act in the next decode step of the same call: only its column is new."""
+        self.frame.start += 1
+        self._trail = []
+        self._takes = [reader.begin(self.frame) for reader in self.session.readers]
+        self.ended = False
+
     def fire(self, depth: int, h: Tensor) -> Tensor | None:
         """Patch, then read. None leaves the residual as it is."""
         work = self.session.work.get(depth)

@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
-from pvcore.frames import Call, Outcome, begin_frame, running
+from pvcore.frames import Call, Outcome, begin_frame, goes_on, running
 from pvcore.programs import SiteProgram
 from pvcore.resident import Resident, traces
 from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Recomputes, Run, Session, session_on
@@ -83,8 +83,10 @@ class _Post(_Hook):
             if traces(self.key, self.name):
                 return self._traced(output)
             return None if _asleep() else _outside_graph(self._act, block, args, output)
-        if RUN.get() is None and not self.recomputes.runs:
-            return None
+        if not self.recomputes.runs and not block.training:
+            run = RUN.get()
+            if run is None or self.depth not in run.session.work:
+                return None
         return self._act(block, args, output)
 
     @no_type_check
@@ -193,11 +195,20 @@ class _Begin(_Hook):
             self._act(module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        session, last = session_on(self.key), RUN.get()
+        given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
+        if (
+            last is not None
+            and last.ended
+            and last.session is session
+            and last.owner == self.key
+            and goes_on(last.frame, self.key, given)
+        ):
+            last.begin_step()
+            return
         RUN.set(None)
-        session = session_on(self.key)
         if session is None:
             return
-        given = dict(zip(self.names, args, strict=False)) | kwargs if args else kwargs
         frame = begin_frame(self.key, given, training=module.training)
         session.check_rows(frame)
         RUN.set(Run(session, frame, self.key))

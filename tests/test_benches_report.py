@@ -228,3 +228,14 @@ def test_a_demo_record_without_a_needed_figure_is_an_error(tmp_path: Path) -> No
     (tmp_path / "demo.json").write_text(json.dumps(DEMO))
     text = "<!-- figures: demo --><!-- end -->"
     assert demo_summary(DEMO) in report.rendered(text, tmp_path)
+
+
+def test_a_record_without_a_figure_is_one_line(tmp_path: Path) -> None:
+    cells = {"all/a/time": Cell(status="not measured", reason="no GPU")}
+    nothing = Record(
+        name="gpu_kernels", command="x", commit="0", date="2026-11-27", versions={}, device={},
+        workload={}, cells=cells,
+    )  # fmt: skip
+    record.write(nothing, tmp_path)
+    text = "<!-- figures: gpu_kernels -->\n<!-- end -->"
+    assert "*gpu_kernels: not measured, no GPU*" in report.rendered(text, tmp_path)
