@@ -22,3 +22,5 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     assert names["acts"].values.shape == (2, 2, names["model"].d_model)
     assert (tmp_path / "guard.json").exists()
     assert "capital" in names["replies"][0]
+    moved = [abs(float(shift["evil"][2])) for shift in (names["before"], names["after"])]
+    assert moved[1] < moved[0] / 2
