@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -167,8 +166,7 @@ class HookedModel:
         """
         self._tracing.refuse_inside("a plan to arm")
         self.check(plan, check_model=check_model)
-        held = self._taps.hold(programs, row_counts=plan.row_counts, lapsed=lapsed)
-        return partial(self._taps.release, held)
+        return self._taps.hold(programs, row_counts=plan.row_counts, lapsed=lapsed)
 
     def check(self, plan: Plan, *, check_model: bool = True) -> None:
         """Raise one `PlanError` or `SiteError` if a plan does not fit this model."""

@@ -232,6 +232,22 @@ def session_on(owner: int) -> Session | None:
     return session
 
 
+def hold(session: Session, owner: int) -> Callable[[], None]:
+    """Arm a session without a block, for callbacks; the result takes it off.
+
+    Other plans may come and go meanwhile, in any order: one armed on top of it stays.
+    """
+    ARMED.set({**(ARMED.get() or {}), owner: session})
+
+    def release() -> None:
+        session.lapsed = lambda: True
+        others = {key: one for key, one in (ARMED.get() or {}).items() if key != owner}
+        left = session_on(owner)
+        ARMED.set((others if left is None else {**others, owner: left}) or None)
+
+    return release
+
+
 class Recomputes:
     """Which run patched a checkpointed block, for the backward pass that recomputes it.
 

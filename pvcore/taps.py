@@ -22,6 +22,7 @@ from pvcore.frames import Call, Outcome, begin_frame, goes_on, running
 from pvcore.programs import SiteProgram
 from pvcore.resident import Resident, traces
 from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Recomputes, Run, Session, session_on
+from pvcore.sessions import hold as hold_session
 from pvcore.sites import Site, resid_post, resid_pre
 from pvcore.turns import Turn
 
@@ -238,10 +239,6 @@ def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:
     return torch.compiler.disable(act)(*args)  # type: ignore[no-untyped-call]
 
 
-def _gone() -> bool:
-    return True
-
-
 _KEYS = count()
 _TAPPING = threading.Lock()
 
@@ -334,23 +331,9 @@ class Taps:
         *,
         row_counts: frozenset[int],
         lapsed: Callable[[], bool],
-    ) -> Session:
-        """Arm programs that act with gradients on, until released or `lapsed`: for callbacks.
-
-        Other plans may come and go meanwhile, in any order.
-        """
-        session = self._session(programs, row_counts=row_counts, lapsed=lapsed)
-        ARMED.set({**(ARMED.get() or {}), self.key: session})
-        return session
-
-    def release(self, session: Session) -> None:
-        """Take off what is held; a plan armed on top of it stays, and its part of it lapses."""
-        session.lapsed = _gone
-        armed = dict(ARMED.get() or {})
-        if armed.get(self.key) is session:
-            del armed[self.key]
-            below = session_on(self.key)
-            ARMED.set((armed if below is None else {**armed, self.key: below}) or None)
+    ) -> Callable[[], None]:
+        """Arm programs that act with gradients on until `lapsed`, or until the result is called."""
+        return hold_session(self._session(programs, row_counts=row_counts, lapsed=lapsed), self.key)
 
     def _session(
         self,
