@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benches import kernels, overhead, reading, record, scaling, tables
+from benches import kernels, overhead, reading, record, scaling, tables, training
 from benches.peers import measure as peers
 from benches.record import Record
 
@@ -92,6 +92,16 @@ def run_scaling(quick: Quick = False, rounds: Rounds = None, out: Out = None) ->
         settings = replace(settings, rounds=rounds)
     command = _command("scaling", quick, settings.rounds)
     _finish(lambda: scaling.measure(settings, command=command), quick, out)
+
+
+@app.command("training")
+def run_training(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """Training steps under prevention beside plain ones."""
+    settings = training.QUICK if quick else training.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("training", quick, settings.rounds)
+    _finish(lambda: training.measure(settings, command=command), quick, out)
 
 
 def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:
