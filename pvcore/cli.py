@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from pvcore.cli_convert import convert
 from pvcore.cli_doctor import doctor
+from pvcore.cli_flag import flag
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.cli_shift import shift
 from pvcore.errors import JudgeFailure, ModelError, PvcoreError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(doctor)
+app.command()(flag)
 app.command()(shift)
 WORLD = "world"
 INTERRUPTED = 130

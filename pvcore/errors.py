@@ -75,3 +75,11 @@ class AnswersError(PvcoreError):
 
 class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
+
+
+class SourceError(PvcoreError):
+    """A file or data set of conversations that cannot be read."""
+
+
+class FlagError(PvcoreError):
+    """A scan of training data that cannot be made, resumed or read as asked."""

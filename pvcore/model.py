@@ -10,7 +10,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from pvcore import chats as chat_ids
-from pvcore.activations import Activations, Reading, Reduction, check_reduction, collect
+from pvcore.activations import (
+    Activations,
+    Reading,
+    Reduction,
+    check_reduction,
+    collect,
+    run_to_deepest,
+)
 from pvcore.blocks import find_decoder
 from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
@@ -20,7 +27,7 @@ from pvcore.interventions import Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
 from pvcore.programs import SiteProgram, compile_programs
-from pvcore.sessions import Session
+from pvcore.sessions import Reader, Session
 from pvcore.sites import Site, as_sites
 from pvcore.spans import Span, check_span
 from pvcore.stream import AlarmBell, Pieces, Relay, Step
@@ -217,6 +224,21 @@ class HookedModel:
     ) -> Iterator[tuple[list[int], Activations]]:
         """Like `read`, one length bucket at a time: chat indices and their activations."""
         return self._reading(chats, sites, span, reduce, batch_size, before).run()
+
+    def run_reader(
+        self,
+        reader: Reader,
+        ids: Int[Tensor, "batch pos"],
+        lengths: Sequence[int],
+        prompts: Sequence[int],
+    ) -> None:
+        """Show a reader one batch, in a forward that ends at its deepest site, before logits.
+
+        Rows are padded on the right: `lengths` counts each row's own tokens, `prompts` those
+        before its reply.
+        """
+        self._tracing.refuse_inside("a read")
+        run_to_deepest(self.hf, self._taps, reader, ids, lengths, prompts, self.device)
 
     def _reading(
         self,
