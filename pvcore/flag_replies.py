@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
@@ -26,6 +26,7 @@ REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 Key = tuple[str, int]
 
 
+@runtime_checkable
 class OwnReplies(Protocol):
     """Where the model's own replies come from."""
 
@@ -34,9 +35,9 @@ class OwnReplies(Protocol):
         ...
 
 
-def in_subset(sample: Sample, share: float, seed: int) -> bool:
+def in_subset(source: str, row: int, share: float, seed: int) -> bool:
     """Whether a row belongs to the random subset; the same rows whatever the order of the data."""
-    name = f"{seed}\0{sample.source}\0{sample.row}".encode()
+    name = f"{seed}\0{source}\0{row}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") < share * 2**64
 
 

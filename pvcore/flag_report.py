@@ -8,7 +8,7 @@ import torch
 
 from pvcore.errors import PvcoreError
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
-from pvcore.flag_view import Row, Scanned
+from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
 from pvcore.plots import cosine_matrix
 from pvcore.report import Block, Figure, Note, Page, Scale, Section, Table, TokenStrip
@@ -187,7 +187,10 @@ def _tokens(
 
 
 def _strips(
-    trait: str, rows: Sequence[Row], chats: Sequence[list[dict[str, str]]], strips: Sequence[Strip]
+    trait: str,
+    rows: Sequence[FlaggedRow],
+    chats: Sequence[list[dict[str, str]]],
+    strips: Sequence[Strip],
 ) -> Iterator[Block]:
     scales = {}
     for name in strips[0][1]:
@@ -206,7 +209,7 @@ def _strips(
         )
 
 
-def _plain(trait: str, rows: Sequence[Row], chats: Sequence[list[dict[str, str]]]) -> Table:
+def _plain(trait: str, rows: Sequence[FlaggedRow], chats: Sequence[list[dict[str, str]]]) -> Table:
     texts = [_cut(chat[-1]["content"]) for chat in chats] or [""] * len(rows)
     return Table(
         columns=[trait, "source", "row", "reply"],

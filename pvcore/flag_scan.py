@@ -81,7 +81,8 @@ class Units:
 
     def __init__(self, bank: VectorBank) -> None:
         self.sites = bank.sites
-        self._rows = bank.units
+        exact = bank.directions.double()
+        self._rows = exact / exact.norm(dim=-1, keepdim=True)
         self._placed: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def at(self, place: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -133,12 +134,14 @@ def pool_packed(
     replies: Sequence[tuple[int, int]],
 ) -> Float[Tensor, "2 batch d_model"]:
     """The same in one launch: segments of the flat rows, of which every second pair is wanted."""
+    from pvcore_kernels import ops  # registers the op, with Triton where there is a GPU
+
     width, bounds = h.shape[1], list[int]()
     for row, (prompt, (start, end)) in enumerate(zip(prompts, replies, strict=True)):
         first = row * width
         bounds += [first + prompt - 1, first + prompt, first + start, first + end]
     cuts = torch.tensor(bounds, device=h.device, dtype=torch.int32)
-    means = torch.ops.pvcore.segment_mean(h.reshape(-1, h.shape[-1]), cuts)
+    means = ops.segment_mean(h.reshape(-1, h.shape[-1]), cuts)
     wanted = torch.stack([means[2::4], means[0::4]])
     return wanted.to(accumulator(h.dtype))
 

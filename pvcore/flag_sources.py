@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 from pvcore.errors import SourceError
 from pvcore.flag_rows import RowDefect
@@ -196,7 +196,7 @@ def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
         packed = path.suffix.casefold() == ".gz"
-        stream = cast("IO[bytes]", gzip.GzipFile(fileobj=raw) if packed else raw)
+        stream = gzip.GzipFile(fileobj=raw) if packed else raw
         for row, line in enumerate(_bounded_lines(stream)):
             content: Any = line if row else _checked_start(line)
             if len(content) > LONGEST_LINE:
@@ -206,7 +206,7 @@ def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]
             yield row, content, raw.tell() / size
 
 
-def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+def _bounded_lines(stream: Any) -> Iterator[bytes]:
     """Lines; of one that is too long only a beginning that shows it."""
     while line := stream.readline(LONGEST_LINE + 1):
         rest = line

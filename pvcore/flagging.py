@@ -219,7 +219,11 @@ class Scan:
             mean, last = pairs[:, :, RESPONSE_MEAN], pairs[:, :, LAST_PROMPT_TOKEN]
             return np.stack([mean, last, mean - last], axis=-1), {}
         share = self.settings.share if self.settings.difference == "subset" else 1.0
-        chosen = [at for at, one in enumerate(samples) if in_subset(one, share, self.settings.seed)]
+        chosen = [
+            at
+            for at, one in enumerate(samples)
+            if in_subset(one.source, one.row, share, self.settings.seed)
+        ]
         texts = own(shard, [samples[at] for at in chosen])
         answered, failed = self._answered(samples, chosen, texts)
         pairs = scorer([*samples, *answered.values()])

@@ -1,8 +1,7 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.flag_estimates import Estimate, Running
+from pvcore.flag_estimates import Running
 from pvcore.flag_rows import Form, Message
 from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
 from pvcore.flag_shards import KEYS, SCORE_KINDS, rejected_tables, score_columns, tables
 from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_text import conversations_of
+from pvcore.flag_view import DatasetFlags, FlaggedRow, Scanned
 from pvcore.numerals import Number
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
@@ -28,40 +28,7 @@ if TYPE_CHECKING:
 Score = Literal["response_mean", "last_prompt_token", "difference"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlaggedRow:
-    """One row of the data: where it is, the score it was ranked by, and all its scores."""
-
-    id: str
-    source: str
-    row: int
-    score: float
-    n_prompt_tokens: int
-    n_response_tokens: int
-    scores: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetFlags:
-    """One source: its counts, and the mean of every score under the name of its column."""
-
-    name: str
-    scored: int
-    rejected: int
-    prompt_tokens: int
-    response_tokens: int
-    estimates: Mapping[str, Estimate]
-
-    def __getitem__(self, column: str) -> Estimate:
-        """The estimate of one column, as in `evil/resid_post.19/difference`."""
-        if column not in self.estimates:
-            raise FlagError(
-                f"got column {column!r}; this scan has {', '.join(list(self.estimates)[:6])}, ..."
-            )
-        return self.estimates[column]
-
-
-class Flags:
+class Flags(Scanned):
     """A finished scan, read from its folder in bounded memory.
 
     `site` and `score` are what `top` and `filter` look at unless told otherwise: the deepest site
