@@ -21,6 +21,7 @@ from pvcore.flag_shards import REPLIES
 from pvcore.flag_sources import Source, decode
 from pvcore.flag_tokens import Sample
 from pvcore.model import HookedModel
+from pvcore.numerals import Number
 
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 Key = tuple[str, int]
@@ -35,7 +36,7 @@ class OwnReplies(Protocol):
         ...
 
 
-def in_subset(source: str, row: int, share: float, seed: int) -> bool:
+def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
     """Whether a row belongs to the random subset; the same rows whatever the order of the data."""
     name = f"{seed}\0{source}\0{row}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") < share * 2**64

@@ -63,7 +63,7 @@ class Form:
 
     prompt: str = ""
     answer: str = ""
-    turn: Turn = "last"
+    turn: Turn | str = "last"
     known: frozenset[str] = field(init=False, default=KNOWN, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class Chosen:
     threshold: float
     judge: JudgeScores | None = field(default=None, repr=False)
     judge_threshold: Number | None = None
-    combine: Combination = "any"
+    combine: Combination | str = "any"
 
     def __post_init__(self) -> None:
         if self.combine not in get_args(Combination):

@@ -15,6 +15,7 @@ from pvcore.flag_scan import Scorer
 from pvcore.flag_sources import Source
 from pvcore.flag_tokens import Reading, Sample
 from pvcore.model import HookedModel
+from pvcore.numerals import Number
 from pvcore.vectors import VectorBank
 
 Difference = Literal["approximate", "exact", "subset"]
@@ -29,8 +30,8 @@ _PROBE_TEXT = "Probe 0123456789: the quick brown fox, naïve café, 你好, \n\t
 class Settings:
     """How a scan runs. Only `max_tokens` and `reply_batch` may differ when it is resumed."""
 
-    difference: Difference = "approximate"
-    share: float = 0.05
+    difference: Difference | str = "approximate"
+    share: Number = 0.05
     seed: int = 0
     max_new_tokens: int = 256
     reply_batch: int = 32

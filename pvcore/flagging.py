@@ -39,6 +39,7 @@ from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_tokens import Reading, Rejected, Sample, encode_many
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
+from pvcore.numerals import Number
 from pvcore.plan import Plan
 from pvcore.vectors import PersonaVector, VectorBank
 
@@ -54,7 +55,7 @@ def flag(
     out: str | PathLike[str],
     difference: Difference | str = "approximate",
     replies: str | PathLike[str] | None = None,
-    share: float = 0.05,
+    share: Number = 0.05,
     max_new_tokens: int = 256,
     prompt: str = "",
     answer: str = "",
@@ -73,9 +74,9 @@ def flag(
     `out/rejected` with the reason. Called again after a stop it goes on; called otherwise it
     refuses and says what changed. `exact` and `subset` take own replies from the file `replies`.
     """
-    form = Form(prompt=prompt, answer=answer, turn=turn)  # type: ignore[arg-type]  # checked there
+    form = Form(prompt=prompt, answer=answer, turn=turn)
     settings = Settings(
-        difference=difference,  # type: ignore[arg-type]  # checked there
+        difference=difference,
         share=share,
         seed=seed,
         max_new_tokens=max_new_tokens,

@@ -198,7 +198,7 @@ class Flags(Scanned):
             threshold=bound,
             judge=judge,
             judge_threshold=judge_threshold,
-            combine=combine,  # type: ignore[arg-type]  # checked there
+            combine=combine,
         )
         return selected(chosen, self.tables(["id", "source", "row", column]), self)
 
