@@ -206,9 +206,8 @@ def attempt(subject: Subject, point: Point, wanted: Mapping[str, Table]) -> Outc
     )
 
 
-def measure(settings: Settings, *, command: str) -> Record:
-    """Every point in turn; the record holds what was found wrong."""
-    torch.set_num_threads(1)
+def _struck(settings: Settings) -> tuple[list[Point], list[Outcome]]:
+    """Every point in turn, and what came of it."""
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(settings, Path(folder))
@@ -227,6 +226,13 @@ def measure(settings: Settings, *, command: str) -> Record:
             for point in progress.track(chosen, description=NAME):
                 outcomes.append(attempt(subject, point, wanted[point.exact]))
                 progress.refresh()
+    return chosen, outcomes
+
+
+def measure(settings: Settings, *, command: str) -> Record:
+    """A record of what was found wrong over all points."""
+    torch.set_num_threads(1)
+    chosen, outcomes = _struck(settings)
     return Record(
         name=NAME,
         command=command,

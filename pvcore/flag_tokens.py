@@ -140,25 +140,28 @@ def _together(
     texts = _rendered(tokenizer, some)
     if texts is None:
         return found
-    places, prompts, wholes, upto = [], [], [], []
+    places, prompts, wholes, closers = [], [], [], []
     for place, (messages, prompt, whole, twin) in enumerate(zip(some, *texts, strict=True)):
-        end = _reply_end(messages[-1]["content"], prompt, whole, twin)
-        if end is not None:
+        closer = _closer(messages[-1]["content"], prompt, whole, twin)
+        if closer is not None and _begins_apart(tokenizer, closer):
             places.append(place)
             prompts.append(prompt)
             wholes.append(whole)
-            upto.append(whole[:end])
+            closers.append(closer)
     if not places:
         return found
-    rows = tokenizer([*prompts, *wholes, *upto], add_special_tokens=False)["input_ids"]
+    ends = list(dict.fromkeys(closers))
+    rows = tokenizer([*prompts, *wholes, *ends], add_special_tokens=False)["input_ids"]
+    closing = dict(zip(ends, rows[2 * len(places) :], strict=True))
     bos = getattr(tokenizer, "bos_token_id", None)
-    count = len(places)
-    for at, place in enumerate(places):
-        prompt, ids, reply = rows[at], rows[count + at], rows[2 * count + at]
+    for at, (place, closer) in enumerate(zip(places, closers, strict=True)):
+        prompt, ids, after = rows[at], rows[len(places) + at], closing[closer]
+        end = len(ids) - len(after)
         sound = (
             prompt
             and ids[: len(prompt)] == prompt
-            and ids[: len(reply)] == reply
+            and end >= len(prompt)
+            and ids[end:] == after
             and not (bos is not None and ids[:2] == [bos, bos])
             and (max_length is None or len(ids) <= max_length)
         )
@@ -166,7 +169,7 @@ def _together(
             found[place] = Encoded(
                 ids=tuple(ids),
                 prompt_length=len(prompt),
-                reply=(len(prompt), len(reply)),
+                reply=(len(prompt), end),
                 source="messages",
             )
     return found
@@ -190,12 +193,24 @@ def _rendered(
         return None  # said again, in words, for the conversation that is at fault
 
 
-def _reply_end(reply: str, prompt: str, whole: str, twin: str) -> int | None:
-    """Where the reply's text ends, if the template writes it right after the prompt."""
+def _begins_apart(tokenizer: Any, closer: str) -> bool:
+    """Whether what follows a reply is tokenised apart from it: it begins with a mark.
+
+    Tokenizers cut a text at such marks before anything else, so that no token spans the border.
+    """
+    marks = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return any(
+        closer.startswith(mark.content) and not (mark.lstrip or mark.normalized or mark.single_word)
+        for mark in marks
+    )
+
+
+def _closer(reply: str, prompt: str, whole: str, twin: str) -> str | None:
+    """What the template writes after the reply, if it writes the reply right after the prompt."""
     if not (whole.startswith(prompt) and twin.startswith(prompt + SENTINEL)):
         return None
     closer = twin[len(prompt) + len(SENTINEL) :]
     end = len(whole) - len(closer)
     framed = end >= len(prompt) and whole.endswith(closer)
     same = framed and whole[len(prompt) : end].strip() == reply.strip()
-    return end if same else None
+    return closer if same else None
