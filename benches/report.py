@@ -16,7 +16,10 @@ from benches.demo_table import demo_summary
 from benches.record import RESULTS, ROOT, RecordError
 from pvcore.files import write_whole
 
-KNOWN = ("overhead", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training", "demo")
+KNOWN = (
+    *("overhead", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training", "demo"),
+    *("flagging", "flags", "million", "kills"),
+)
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )

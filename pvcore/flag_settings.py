@@ -21,7 +21,7 @@ from pvcore.vectors import VectorBank
 Difference = Literal["approximate", "exact", "subset"]
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 # More tokens than this gain a CPU nothing, and cost it its cache; a GPU wants to be filled.
-CPU_TOKENS, GPU_TOKENS = 2048, 32768
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
 _PROBE_TOKENS, _PROBE_PROMPT = 24, 8
 _PROBE_TEXT = "Probe 0123456789: the quick brown fox, naïve café, 你好, \n\t<|x|> {a: [1.5]}"
 
