@@ -197,12 +197,10 @@ def check(task: Task, checked: int) -> dict[str, Check]:
     columns = [f"{trait}/{site}/response_mean" for trait in task.bank.traits]
     (values,) = (rows for _, rows in task.scan().values(columns))
     got = torch.from_numpy(values)[:checked]
-    # transformers shows the deepest block only after the final norm, which the scan never runs.
-    deepest = site.layer == len(task.hf.model.layers) - 1
-    wanted = (hooked if deepest else task.paper)(
-        *((task,) if deepest else ()), task.chats[:checked]
-    )
-    wanted = wanted.double()
+    # transformers shows the last block only after the final norm, which the scan never runs.
+    last = site.layer == len(task.hf.model.layers) - 1
+    chats = task.chats[:checked]
+    wanted = (hooked(task, chats) if last else task.paper(chats)).double()
     usual = wanted.square().mean(0).sqrt()
     errors = ((got - wanted).abs() / usual).nan_to_num(nan=1.0, posinf=1.0)
     return {

@@ -74,11 +74,11 @@ QUICK = Settings(
     traits=("evil",),
     sampled=("evil",),
     extraction_questions=4,
-    chats=16,
-    steps=2,
+    chats=10,
+    steps=1,
     questions=5,
-    samples=40,
-    max_new_tokens=16,
+    samples=24,
+    max_new_tokens=8,
 )
 
 
