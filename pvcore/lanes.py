@@ -46,11 +46,10 @@ def give_lane(
     """Lead calls of `module` past torch's hooks where it has only these.
 
     `before` is a pre-hook that takes keyword arguments and changes none, `after` a forward hook,
-    each with the handle it was registered under.
+    both with their handles.
     """
     last, end = after[0].id, after[1]
     first, begin = (None, None) if before is None else (before[0].id, before[1])
-    n_first = 0 if before is None else 1
 
     @no_type_check
     def lane(*args, **kwargs):
@@ -58,9 +57,8 @@ def give_lane(
         if (
             is_dynamo_compiling()
             or len(post) != 1
-            or len(pre) != n_first
             or last not in post
-            or (begin is not None and first not in pre)
+            or (len(pre) != 1 or first not in pre if begin else pre)
             or module._backward_hooks
             or module._backward_pre_hooks
             or _global_forward_hooks
@@ -70,7 +68,7 @@ def give_lane(
             or _tracing()
         ):
             return module._call_impl(*args, **kwargs)
-        if begin is not None:
+        if begin:
             begin(module, args, kwargs)
         output = module.forward(*args, **kwargs)
         moved = end(module, args, output)

@@ -177,5 +177,6 @@ def is_tapped(decoder: Decoder) -> bool:
 
 
 def _taps_on(decoder: Decoder) -> Taps | None:
-    begins = (h for h in decoder.owner._forward_pre_hooks.values() if isinstance(h, Begin))
-    return next((begin.taps for begin in begins), None)
+    hooks = decoder.owner._forward_pre_hooks.values()
+    tapped = (hook.taps for hook in hooks if isinstance(hook, Begin))
+    return next((taps for taps in tapped if isinstance(taps, Taps)), None)
