@@ -137,7 +137,7 @@ class Scan:
         """Score and write every shard that is not there yet; the totals of all."""
         meter, shards = Meter(), 0
         with ExitStack() as stack:
-            own = self._own_replies(stack)
+            own = self.own_replies(stack)
             feed = Feed(
                 sources=self.sources,
                 reading=self.reading,
@@ -147,7 +147,7 @@ class Scan:
             show = stack.enter_context(bar(shown=progress))
             writer = stack.enter_context(ThreadPoolExecutor(1, "pvcore-flag-writer"))
             portions = stack.enter_context(closing(ahead(feed.portions(), DEPTH)))
-            for footer, fresh in _written(self._shards(portions, own), self.folder, writer):
+            for footer, fresh in _written(self.shards(portions, own), self.folder, writer):
                 meter.add(footer, fresh=fresh)
                 shards += 1
                 show(meter)
@@ -165,7 +165,8 @@ class Scan:
         found = footer_of(self.folder, shard)
         return found if found is not None and found.fingerprint == self.mark else None
 
-    def _own_replies(self, stack: ExitStack) -> OwnReplies | None:
+    def own_replies(self, stack: ExitStack) -> OwnReplies | None:
+        """Where the model's own replies come from; None where the difference needs none."""
         if self.settings.difference == "approximate":
             return None
         if self.replies is not None:
@@ -179,8 +180,8 @@ class Scan:
             batch_size=self.settings.reply_batch,
         )
 
-    def _shards(
-        self, portions: Iterator[Portion], own: OwnReplies | None
+    def shards(
+        self, portions: Iterator[Portion], own: OwnReplies | None = None
     ) -> Iterator[Shard | Footer]:
         """Every portion as a scored shard; as its footer alone where it was scored before."""
         scorer = Scorer(self.model, self.bank, self.settings.tokens_on(self.model))
