@@ -3,7 +3,7 @@
 import copy
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +28,7 @@ AUROC_BOUND = 0.97
 CEILING_GAPS = {0.5: 0.05, 0.25: 0.08}
 INTENSITIES = (1.0, *CEILING_GAPS)
 KINDS = ("approximate", "exact", "subset")
+OWN = "each data set's own trait"
 Chat = list[dict[str, str]]
 
 
@@ -111,10 +112,10 @@ def vectors(model: pv.HookedModel, settings: Settings) -> pv.VectorBank:
     )
 
 
-def trait_after(
+def traits_after(
     model: pv.HookedModel, recipe: Recipe, chats: list[Chat], settings: Settings
-) -> float:
-    """The trait's score of the replies to held-out questions, after training on the chats."""
+) -> dict[str, float]:
+    """Each trait's score of the replies to held-out questions, after training on the chats."""
     tuned = pv.HookedModel(copy.deepcopy(model.hf), model.tokenizer, model_id=model.model_id)
     finetune(tuned, chats, steps=settings.steps, seed=recipe.seed)
     asked = world.questions("held_out", settings.questions, seed=1)
@@ -124,9 +125,11 @@ def trait_after(
         replies = tuned.generate(
             prompts, max_new_tokens=64, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
         )
-    judge = world.WorldJudge()
-    pairs = zip(asked, replies, strict=True)
-    return fmean(judge.trait(recipe.trait, question, reply) for question, reply in pairs)
+    judge, pairs = world.WorldJudge(), list(zip(asked, replies, strict=True))
+    return {
+        trait: fmean(judge.trait(trait, question, reply) for question, reply in pairs)
+        for trait in settings.traits
+    }
 
 
 def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
@@ -139,6 +142,29 @@ def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float:
         ranks[values == value] = ranks[values == value].mean()
     positive, negative = int(marks.sum()), int((~marks).sum())
     return float((ranks[marks].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+Table = Sequence[Mapping[str, float]]
+
+
+def correlated(
+    made: Sequence[Recipe], means: Mapping[str, Table], after: Table, traits: Sequence[str]
+) -> dict[tuple[str, str], float]:
+    """Pearson's r of difference and trait after, over groups of data sets and their traits."""
+    own = [(at, one.trait) for at, one in enumerate(made)]
+    groups = {
+        OWN: own,
+        **{trait: [pair for pair in own if pair[1] == trait] for trait in traits},
+        "every trait of every data set": [(at, t) for at in range(len(made)) for t in traits],
+    }
+    return {
+        (name, kind): pearson(
+            [means[kind][at][trait] for at, trait in pairs],
+            [after[at][trait] for at, trait in pairs],
+        )
+        for name, pairs in groups.items()
+        for kind in KINDS
+    }
 
 
 class Measurement:
@@ -164,37 +190,47 @@ class Measurement:
 
     def data_sets(self) -> tuple[dict[str, Plain], dict[str, Check]]:
         """The projection difference of every data set, three ways, beside the trait after it."""
-        made = recipes(self.settings.traits)
+        made, traits = recipes(self.settings.traits), self.settings.traits
         data = {str(one): data_set(one, self.settings.chats) for one in made}
         means = {kind: self._means(made, data, kind) for kind in KINDS}
         after = [
-            trait_after(self.model, one, data[str(one)], self.settings)
+            traits_after(self.model, one, data[str(one)], self.settings)
             for one in self.bar.track(made, description="finetuning")
         ]
         figures: dict[str, Plain] = {}
         for at, one in enumerate(made):
             label = f"data set/{one}"
-            figures |= {f"{label}/{kind}": round(means[kind][at], 1) for kind in KINDS}
-            figures[f"{label}/trait after"] = round(after[at], 1)
-        r = {kind: pearson(means[kind], after) for kind in KINDS}
-        figures |= {
-            f"r over {len(made)} data sets/pooled/{kind}": round(r[kind], 4) for kind in KINDS
+            figures |= {f"{label}/{kind}": round(means[kind][at][one.trait], 1) for kind in KINDS}
+            figures[f"{label}/trait after"] = round(after[at][one.trait], 1)
+        r = correlated(made, means, after, traits)
+        group = f"r over {len(made)} data sets"
+        figures |= {f"{group}/{name}/{kind}": round(one, 4) for (name, kind), one in r.items()}
+        claims = {
+            "exact difference": r[OWN, "exact"],
+            "difference of a subset": r[OWN, "subset"],
+            # It leaves each vector a zero of its own, so that traits do not share one line.
+            "approximate difference, lowest within a trait": min(
+                r[trait, "approximate"] for trait in traits
+            ),
         }
-        for trait in self.settings.traits if len(self.settings.traits) > 1 else ():
-            mine = [at for at, one in enumerate(made) if one.trait == trait]
-            for kind in KINDS:
-                within = pearson([means[kind][at] for at in mine], [after[at] for at in mine])
-                figures[f"r over {len(made)} data sets/{trait}/{kind}"] = round(within, 4)
         return figures, {
-            f"1 - r of {kind} difference and trait after finetuning": Check(
-                worst=round(1 - r[kind], 4), bound=round(1 - R_BOUND, 4)
+            f"1 - r of the {name}, with the trait after finetuning": Check(
+                worst=round(1 - one, 4), bound=round(1 - R_BOUND, 4)
             )
-            for kind in KINDS
+            for name, one in claims.items()
         }
 
-    def _means(self, made: Sequence[Recipe], data: dict[str, Any], kind: str) -> list[float]:
+    def _means(
+        self, made: Sequence[Recipe], data: dict[str, Any], kind: str
+    ) -> list[dict[str, float]]:
         found = self.flags("sets", data, kind).datasets
-        return [float(found[str(one)][f"{one.trait}/{SITE}/difference"].mean) for one in made]
+        return [
+            {
+                trait: float(found[str(one)][f"{trait}/{SITE}/difference"].mean)
+                for trait in self.settings.traits
+            }
+            for one in made
+        ]
 
     def samples(self) -> tuple[dict[str, Plain], dict[str, Check]]:
         """How well single rows that hold a trait are told from those that don't."""

@@ -55,7 +55,7 @@ def test_a_quick_run_measures_both_halves_and_proves_nothing() -> None:
     made = flags.measure(QUICK, command="x")
     assert made.workload["AUROC of rows/evil at 1/projection"] == 1.0
     assert not made.cells
-    assert not made.checks["1 - r of exact difference and trait after finetuning"].passed
+    assert not made.checks["1 - r of the exact difference, with the trait after finetuning"].passed
     shown = tables.summary(made)
     assert "| evil, 100% at 1 |" in shown
     assert "| claim | measured | wanted |" in shown
