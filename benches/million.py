@@ -131,8 +131,13 @@ def measure(settings: Settings, *, command: str) -> Record:
                 progress=True,
             )
         seconds = time.monotonic() - began
-        lost, doubled = against(flags, settings)
-        tokens = int(flags.manifest["totals"]["tokens"])
+        return made(flags, settings, watch, seconds, command)
+
+
+def made(flags: pv.Flags, settings: Settings, watch: Watch, seconds: float, command: str) -> Record:
+    """The record of a finished scan that took so many seconds."""
+    lost, doubled = against(flags, settings)
+    tokens = int(flags.manifest["totals"]["tokens"])
     return Record(
         name=NAME,
         command=command,

@@ -157,15 +157,10 @@ def _together(
     for at, (place, closer) in enumerate(zip(places, closers, strict=True)):
         prompt, ids, after = rows[at], rows[len(places) + at], closing[closer]
         end = len(ids) - len(after)
-        sound = (
-            prompt
-            and ids[: len(prompt)] == prompt
-            and end >= len(prompt)
-            and ids[end:] == after
-            and not (bos is not None and ids[:2] == [bos, bos])
-            and (max_length is None or len(ids) <= max_length)
-        )
-        if sound:
+        apart = prompt and ids[: len(prompt)] == prompt and len(prompt) <= end
+        doubled = bos is not None and ids[:2] == [bos, bos]
+        fits = max_length is None or len(ids) <= max_length
+        if apart and ids[end:] == after and fits and not doubled:
             found[place] = Encoded(
                 ids=tuple(ids),
                 prompt_length=len(prompt),
