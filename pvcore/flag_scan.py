@@ -25,6 +25,8 @@ from pvcore.vectors import VectorBank
 from pvcore_kernels.reference import accumulator
 
 RESPONSE_MEAN, LAST_PROMPT_TOKEN = 0, 1
+# The share of the longest length of a batch below which a sample waits for the next one.
+ALIKE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +149,21 @@ def pool_packed(
 
 
 def packed(samples: Sequence[Sample], max_tokens: int) -> Iterator[Packed]:
-    """The samples in batches, longest first, each of at most so many tokens or of one sample."""
-    order = sorted(range(len(samples)), key=lambda at: -len(samples[at].ids))
+    """The samples in batches, longest first, each of at most so many tokens or of one sample.
+
+    A batch that is a quarter full ends early rather than pad what is much shorter: with few
+    samples, padding would cost more than another forward.
+    """
+    lengths = [len(one.ids) for one in samples]
+    order = sorted(range(len(samples)), key=lambda at: -lengths[at])
     first = 0
     while first < len(order):
-        longest = len(samples[order[first]].ids)
-        count = max(max_tokens // longest, 1)
+        longest, count = lengths[order[first]], 1
+        most = min(max_tokens // longest, len(order) - first)
+        while count < most and (
+            lengths[order[first + count]] >= ALIKE * longest or count * longest < max_tokens // 4
+        ):
+            count += 1
         yield _batch(samples, order[first : first + count])
         first += count
 

@@ -90,6 +90,15 @@ def test_batches_keep_to_their_budget_and_hold_every_sample_once() -> None:
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_few_samples_of_many_lengths_are_hardly_padded() -> None:
+    found = samples(model())
+    own = sum(len(one.ids) for one in found)
+    padded = sum(batch.ids.numel() for batch in packed(found, 1024))
+    assert padded <= 1.1 * own
+    together = len(found) * max(len(one.ids) for one in found)
+    assert together > 1.3 * own
+
+
 def test_one_launch_pools_what_the_loop_over_rows_pools() -> None:
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(5, 17, 8, generator=generator)
