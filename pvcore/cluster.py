@@ -190,7 +190,9 @@ def _run(
         local = {"num_cpus": ceil(actors * cpus) + 1} if address is None else {}
         ray.init(address=address, log_to_driver=False, include_dashboard=False, **local)
     try:
-        asked = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked).remote(job))
+        # A driver without a GPU leaves the probe of the model to a machine that has one.
+        probing = ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked) if gpus else None
+        asked = ray.get(probing.remote(job)) if probing is not None else _asked(job)
         manifest = flag_manifest.begin(job.folder, asked)
         mark = fingerprint(asked)
         # A finished job handed to Ray may wait for ever: it gets only what is left to do.

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="another version set: make test-scan"
 )
-PATIENCE = 300  # seconds; starting Ray takes ten on a machine that does nothing else
+PATIENCE = 900  # seconds; starting Ray takes ten on a machine that does nothing else
 ROWS = [as_messages(chat) for chat in chats(60)]
 
 
@@ -119,8 +120,9 @@ def slow():
     Scorer.__call__ = call
     return model()
 
-flags = flag_on_ray(slow, sys.argv[1] + "/*.jsonl", bank(), out=sys.argv[2], shard_rows=7)
-print("scored", flags.scored)
+for _ in range(2):
+    flags = flag_on_ray(slow, sys.argv[1] + "/*.jsonl", bank(), out=sys.argv[2], shard_rows=7)
+    print("scored", flags.scored)
 """
 
 
@@ -160,56 +162,47 @@ def some_shards(out: Path, count: int) -> None:
 
 @needs_ray
 @pytest.mark.slow
-def test_ray_gives_the_same_scores_and_flags(data: Path, tmp_path: Path) -> None:
+def test_ray_gives_the_same_scores_and_flags_though_an_actor_is_killed(
+    data: Path, tmp_path: Path
+) -> None:
     wanted = pv.flag(model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7)
-    with start(data, tmp_path / "ray", 0.0) as process:
+    out = tmp_path / "ray"
+    with start(data, out, 1.0) as process:
+        some_shards(out, 2)
+        victim = next(pid for pid, name in children(process.pid) if "MapWorker" in name)
+        os.kill(victim, signal.SIGKILL)
         said = output(process)
-    assert "scored 60" in said, said
-    flags = pv.Flags.load(tmp_path / "ray")
+    # The second call finds a finished scan: nothing is left for Ray to wait for.
+    assert said.count("scored 60") == 2, said
+    flags = pv.Flags.load(out)
+    assert len(table(flags)) == 60
     assert furthest(scores(flags), scores(wanted)) <= 1e-5
     for trait in flags.traits:
         assert [row.row for row in flags.top(trait, 9)] == [r.row for r in wanted.top(trait, 9)]
     assert flags.manifest["totals"] == wanted.manifest["totals"]
-    # A finished scan comes back at once: nothing is left for Ray to wait for.
-    with start(data, tmp_path / "ray", 0.0) as process:
-        said = output(process)
-    assert "scored 60" in said, said
+    assert list(flags.rejected()) == list(wanted.rejected())
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_actor_and_a_killed_driver_lose_and_double_nothing(
-    data: Path, tmp_path: Path
-) -> None:
-    wanted = scores(
-        pv.flag(model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7)
-    )
-    out = tmp_path / "actor"
-    with start(data, out, 1.0) as process:
-        some_shards(out, 2)
-        victim = next(pid for pid, name in children(process.pid) if "ShardScanner" in name)
-        os.kill(victim, signal.SIGKILL)
-        said = output(process)
-    assert "scored 60" in said, said
-    assert furthest(scores(pv.Flags.load(out)), wanted) <= 1e-5
+def test_a_killed_driver_loses_and_doubles_nothing(data: Path, tmp_path: Path) -> None:
+    wanted = pv.flag(model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7)
     out = tmp_path / "driver"
-    with start(data, out, 1.0) as process:
+    with start(data, out, 3.0) as process:
         some_shards(out, 3)
         below = [pid for pid, _ in children(process.pid)]
         process.kill()
         process.wait(60)
-        for pid in below:  # what a machine that went down would take with it
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    for pid in below:  # what a machine that went down would take with it
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     done = len(list(footers(out)))
     assert 3 <= done < 9
     with start(data, out, 0.0) as process:
         said = output(process)
-    assert "scored 60" in said, said
+    assert said.count("scored 60") == 2, said
     assert len(table(pv.Flags.load(out))) == 60
-    assert furthest(scores(pv.Flags.load(out)), wanted) <= 1e-5
+    assert furthest(scores(pv.Flags.load(out)), scores(wanted)) <= 1e-5
     assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
 
 
