@@ -15,6 +15,7 @@ from pvcore.world.demo_caps import capped
 from pvcore.world.demo_chats import shown_chats
 from pvcore.world.demo_claims import with_claims
 from pvcore.world.demo_flags import flagged
+from pvcore.world.demo_finetune import finetuned
 from pvcore.world.demo_measures import (
     cosines,
     dose_responses,
@@ -44,6 +45,7 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         monitored = monitoring(subject, vectors, work, bar)
         caps = capped(subject, vectors, work, bar)
         found = flagged(subject, vectors, work, bar)
+        trained = finetuned(subject, vectors, work, bar)
         timed = overhead(subject, vectors, work, bar)
     record = DemoRecord(
         command=command,
@@ -65,6 +67,7 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         chats=shown_chats(subject, vectors, doses, caps, work),
         overhead=timed,
         flags=found,
+        finetunes=trained,
     )
     return with_claims(record)
 

@@ -19,6 +19,7 @@ from pvcore.report import (
     Verdicts,
 )
 from pvcore.world.demo_record import ChatFigures, DemoRecord, DoseFigures
+from pvcore.world.demo_report_finetune import finetuning
 
 _N_SCATTERS = 3
 _CAVEAT = (
@@ -49,6 +50,7 @@ def page(record: DemoRecord) -> Page:
             _caps(record),
             _monitoring(record),
             *_flags(record),
+            *finetuning(record),
             _overhead(record),
         ),
         footer=_footer(record),
