@@ -14,8 +14,8 @@ from pvcore.vector_files import pvcore_version
 from pvcore.world.demo_caps import capped
 from pvcore.world.demo_chats import shown_chats
 from pvcore.world.demo_claims import with_claims
-from pvcore.world.demo_flags import flagged
 from pvcore.world.demo_finetune import finetuned
+from pvcore.world.demo_flags import flagged
 from pvcore.world.demo_measures import (
     cosines,
     dose_responses,
@@ -32,13 +32,7 @@ from pvcore.world.demo_subject import Subject
 def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = False) -> DemoRecord:
     """Measure everything and judge the claims; progress goes to standard error."""
     _require_layers(subject, work)
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    with _bar(quiet) as bar:
         extractions = extract_all(subject, work, bar)
         vectors = {name: extraction.vector for name, extraction in extractions.items()}
         doses = dose_responses(subject, vectors, work, bar)
@@ -70,6 +64,12 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         finetunes=trained,
     )
     return with_claims(record)
+
+
+def _bar(quiet: bool) -> Progress:
+    columns = (TextColumn("{task.description:<20}"), BarColumn())
+    ends = (MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *ends, console=Console(stderr=True), disable=quiet)
 
 
 def _require_layers(subject: Subject, work: Workload) -> None:
