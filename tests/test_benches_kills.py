@@ -15,7 +15,7 @@ from pvcore.flagging import Scan
 
 # Newer Pythons warn of any fork beside other threads; children here only scan and leave.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-POINTS = 32
+POINTS = 24
 
 
 @pytest.mark.slow
