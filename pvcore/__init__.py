@@ -3,6 +3,8 @@
 from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
+from pvcore.calibration import Calibration as Calibration
+from pvcore.calibration import calibrate as calibrate
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
 from pvcore.errors import JudgeFailure as JudgeFailure

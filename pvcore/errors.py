@@ -75,3 +75,7 @@ class AnswersError(PvcoreError):
 
 class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
+
+
+class CalibrationError(PvcoreError):
+    """A calibration that cannot be made, or that a vector does not have."""
