@@ -129,18 +129,7 @@ def calibrate(
     known, unit = check_span(span), _check_per(per)
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     model.check(Plan(monitor=stacked), check_model=check_model)
-    units = stacked.units.double()
-    parts, chats = [], 0
-    reduce = "none" if unit == "token" else "mean"
-    for chosen, acts in model.read_batches(
-        neutral_chats, sites=stacked.sites, span=known, reduce=reduce, batch_size=batch_size
-    ):
-        assert acts.values is not None, "neither reduction gives moments"
-        rows = acts.values.flatten(1, -2)  # [site, chat or token, d_model]
-        inside = ~rows[0].isnan().any(-1)  # tokens past the end of a chat's span are NaN
-        parts.append(torch.einsum("srd,skd->skr", rows[:, inside].double(), units))
-        chats += len(chosen)
-    projections = torch.cat(parts, dim=-1).numpy()
+    projections, chats = _projections(model, stacked, neutral_chats, known, unit, batch_size)
     if projections.shape[-1] < 2:
         raise CalibrationError(
             "got a single projection to calibrate on; wanted two at least, better hundreds. "
@@ -157,6 +146,24 @@ def calibrate(
         chats=chats,
         count=projections.shape[-1],
     )
+
+
+def _projections(
+    model: HookedModel, bank: VectorBank, chats: Chats, span: Span, per: Per, batch_size: int
+) -> tuple[NDArray[np.float64], int]:
+    """Projections `[site, vector, chat or token]`, and how many chats they are of."""
+    units = bank.units.double()
+    parts, n_chats = [], 0
+    reduce = "none" if per == "token" else "mean"
+    for chosen, acts in model.read_batches(
+        chats, sites=bank.sites, span=span, reduce=reduce, batch_size=batch_size
+    ):
+        assert acts.values is not None, "neither reduction gives moments"
+        rows = acts.values.flatten(1, -2)
+        inside = ~rows[0].isnan().any(-1)  # tokens past the end of a chat's span are NaN
+        parts.append(torch.einsum("srd,skd->skr", rows[:, inside].double(), units))
+        n_chats += len(chosen)
+    return torch.cat(parts, dim=-1).numpy(), n_chats
 
 
 def calibration_key(span: Span, per: Per) -> str:

@@ -79,3 +79,11 @@ class ExtractionError(PvcoreError):
 
 class CalibrationError(PvcoreError):
     """A calibration that cannot be made, or that a vector does not have."""
+
+
+class WorkError(PvcoreError):
+    """A work folder that belongs to another run, or that cannot be used."""
+
+
+class SelectionError(PvcoreError):
+    """A steering sweep in which there is nothing to choose."""
