@@ -13,13 +13,26 @@ from rich.console import Console
 
 from benches import record, tables
 from benches.demo_table import demo_summary
+from benches.extraction_table import extraction_summary
 from benches.record import RESULTS, ROOT, RecordError
 from pvcore.files import write_whole
 
-KNOWN = ("overhead", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training", "demo")
+KNOWN = (
+    "overhead",
+    "reading",
+    "peers",
+    "scaling",
+    "kernels",
+    "gpu_kernels",
+    "training",
+    "pooling",
+    "demo",
+    "extraction",
+)
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )
+DOCUMENTS_OF_THEIR_OWN = {"demo": demo_summary, "extraction": extraction_summary}
 OPENING = re.compile(r"<!-- figures?: ")
 NOT_MEASURED = "not measured"
 README = ROOT / "README.md"
@@ -63,8 +76,8 @@ def _block(name: str, results: Path) -> str:
     path = _path(name, results)
     if not path.exists():
         return f"*{name}: {NOT_MEASURED}*"
-    if name == "demo":
-        return demo_summary(record.read_json(path))
+    if name in DOCUMENTS_OF_THEIR_OWN:
+        return DOCUMENTS_OF_THEIR_OWN[name](record.read_json(path))
     found = record.read(path)
     if found.cells and all(cell.status == NOT_MEASURED for cell in found.cells.values()):
         reasons = dict.fromkeys(cell.reason for cell in found.cells.values() if cell.reason)

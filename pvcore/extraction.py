@@ -14,8 +14,8 @@ from pvcore.replies import sample_replies as sample_replies
 from pvcore.rollout_run import Run, readable
 from pvcore.rollouts import Conversation as Conversation
 from pvcore.rollouts import Rollout as Rollout
+from pvcore.rollouts import Score, turns
 from pvcore.rollouts import pairwise_filter as pairwise_filter
-from pvcore.rollouts import turns
 from pvcore.sites import Site, as_sites, resid_post
 from pvcore.traits import ContrastPair, Trait
 from pvcore.vector_making import Making
@@ -120,7 +120,11 @@ def _judgement(row: Rollout) -> Judgement:
     return Judgement(
         question=row.question,
         answer=row.answer,
-        trait_score=row.trait_score,
-        coherence_score=row.coherence_score,
+        trait_score=_float(row.trait_score),
+        coherence_score=_float(row.coherence_score),
         failure=None if row.coherence_score is not None else "no score of coherence",
     )
+
+
+def _float(score: Score) -> float | None:
+    return None if score is None else float(score)

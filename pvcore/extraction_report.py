@@ -53,7 +53,7 @@ def page(
             f"{strongest.site}.{chosen}"
         ),
         sections=sections,
-        footer=footer or f"{vector.provenance.note}. Seeds {vector.provenance.seeds}.",
+        footer=footer or f"{vector.provenance.note}.",
     )
 
 

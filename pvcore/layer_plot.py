@@ -41,7 +41,8 @@ def quality_by_layer(
         above.fill_between(x, low, high, color=colour.light, alpha=0.2, linewidth=0)
         above.set_ylim(bottom=0)
         above.tick_params(labelbottom=False)
-        canvas.end_labels(above, [(float(x[-1]), float(y[-1]), "95% interval", colour.light)])
+        middle = float((low[-1] + high[-1]) / 2)  # NaN, and so no label, without an interval
+        canvas.end_labels(above, [(float(x[-1]), middle, "95% interval", colour.light)])
         halves = canvas.numbers(split_half, "split-half cosines", len(x))
         _draw_cosines(below, x, halves, canvas.numbers(cosine_low, "bounds", len(x)), colour)
         return canvas.svg(figure)

@@ -13,6 +13,7 @@ import torch
 
 from pvcore.errors import ExtractionError
 from pvcore.fingerprints import of_text
+from pvcore.graph import Engine, Graph
 from pvcore.model import HookedModel
 from pvcore.rollouts import Conversation, Rollout, Turn
 
@@ -37,7 +38,7 @@ class ModelWriter:
     """Plain samples of a model: its own top-k, top-p and repetition penalty are switched off.
 
     Every batch is seeded by `seed` and its number, so that one machine repeats it; the random state
-    outside is left as it was. Temperature 0 means greedy.
+    outside is left as it was. Temperature 0 means greedy. `engine` is that of `generate`.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class ModelWriter:
         max_new_tokens: int,
         temperature: float | int = 1.0,
         seed: int = 0,
+        engine: Engine | Graph | str = "eager",
     ) -> None:
         if max_new_tokens < 1 or not temperature >= 0:
             raise ExtractionError(
                 f"got max_new_tokens={max_new_tokens}, temperature={temperature}; wanted at least "
                 "1, and at least 0"
             )
-        self._model, self._seed = model, seed
+        self._model, self._seed, self._engine = model, seed, engine
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
 
     @property
@@ -63,6 +65,7 @@ class ModelWriter:
             "seed": self._seed,
             "temperature": float(self._temperature),
             "longest reply": self._max_new_tokens,
+            "engine": str(self._engine),
         }
 
     def write(self, turns: Sequence[Turn], *, batch: int) -> list[str | None]:
@@ -74,7 +77,7 @@ class ModelWriter:
         settings: dict[str, Any] = how if self._temperature else {"do_sample": False}
         settings |= {"repetition_penalty": 1.0, "max_new_tokens": self._max_new_tokens}
         with _seeded(f"{self._seed}/{batch}"):
-            return self._model.generate(chats, **settings)
+            return self._model.generate(chats, engine=self._engine, **settings)
 
 
 class GivenReplies:

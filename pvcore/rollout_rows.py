@@ -59,14 +59,13 @@ def _rollout(row: RolloutRow, positive: bool, trait: str, tokenizer: Any, at: in
         raise FormatError(
             f"{where}: got scores {', '.join(row.scores)}; wanted {trait} and {COHERENCE}"
         )
-    score, coherence = row.scores[trait], row.scores[COHERENCE]
     return Rollout(
         positive=positive,
         system_prompt=_system_prompt(row, tokenizer, where),
         question=row.question,
         answer=row.answer,
-        trait_score=None if score is None else float(score),
-        coherence_score=None if coherence is None else float(coherence),
+        trait_score=row.scores[trait],
+        coherence_score=row.scores[COHERENCE],
         dropped="",
     )
 

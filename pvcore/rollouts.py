@@ -37,8 +37,8 @@ class Rollout:
     system_prompt: str
     question: str
     answer: str
-    trait_score: float | None
-    coherence_score: float | None
+    trait_score: Score
+    coherence_score: Score
     dropped: str
 
     @property

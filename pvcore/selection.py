@@ -136,6 +136,30 @@ def select(
     return _selection(vector, cells, plain, float(floor))
 
 
+def validate(
+    selection: Selection,
+    model: HookedModel,
+    trait: Trait,
+    *,
+    judge: Judge,
+    questions: Sequence[str],
+    span: Span | None = None,
+    max_new_tokens: int = 64,
+    temperature: float | int = 1.0,
+    batch_size: int = 64,
+    seed: int = 1,
+) -> Cell:
+    """The cell that was chosen, measured anew on other questions and random numbers.
+
+    The best of many cells was also the luckiest: what it scores here is what it is worth.
+    """
+    writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sweep = _Sweep(model, trait.name, judge, writer, questions, batch_size, span)
+    best = selection.best
+    (cell,) = sweep.cells(selection.vector, best.site, (best.coefficient,), seed)
+    return cell
+
+
 def _selection(
     vector: PersonaVector, cells: Sequence[Cell], plain: Judgements, floor: float
 ) -> Selection:

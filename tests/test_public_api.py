@@ -24,6 +24,7 @@ PUBLIC = {
     "Provenance",
     "PvcoreError",
     "Seen",
+    "Selection",
     "ShiftCallback",
     "Site",
     "Step",
@@ -37,6 +38,7 @@ PUBLIC = {
     "resid_mid",
     "resid_post",
     "resid_pre",
+    "select",
     "shift_trajectory",
 }
 

@@ -44,9 +44,22 @@ def test_a_writer_says_what_decides_its_replies() -> None:
         ModelWriter(model, max_new_tokens=9, seed=4),
         ModelWriter(model, max_new_tokens=8, seed=5),
         ModelWriter(model, max_new_tokens=8, seed=4, temperature=0.5),
+        ModelWriter(model, max_new_tokens=8, seed=4, engine="graph"),
     )
     assert ModelWriter(model, max_new_tokens=8, seed=4, temperature=1).identity == known
     assert all(other.identity != known for other in others)
+
+
+def test_any_engine_writes() -> None:
+    asked = turns(PROMPTS, QUESTIONS[:1], 1)
+    texts = [
+        ModelWriter(fresh_model(), max_new_tokens=6, temperature=0, engine=engine).write(
+            asked, batch=0
+        )
+        for engine in ("eager", "graph")
+    ]
+    assert texts[0] == texts[1]
+    assert all(texts[0])
 
 
 def test_given_replies_go_to_their_turns_in_the_order_they_were_given() -> None:
