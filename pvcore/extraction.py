@@ -48,7 +48,7 @@ def extract(
     Every question is asked under both sides of every pair of system prompts, `rollouts` times, by
     default those of the trait. At each of `layers` (default: all) a vector is the mean over kept
     positive replies of the residual averaged over each, minus that over negative ones. A `writer`
-    writes in the model's place. `ExtractionError` when fewer than two pairs are kept.
+    writes instead, in its own length and heat. `ExtractionError` for fewer than two kept pairs.
 
     In the folder `work` everything is kept as it is done: a run that was killed, and is repeated,
     writes and judges no reply twice and comes to the same bytes. `WorkError` for another run's.
@@ -112,8 +112,9 @@ def _extraction(run: Run, making: Making, work: Folder | None) -> Extraction:
     made = Provenance(
         judge=type(run.judge).__qualname__, note=", ".join([f"rollouts {copies}", *how])
     )
-    rows, judgements, encoded = run.judged(book, run.written(book))
-    return making.extraction(rows, encoded, judgements, book, made)
+    with book.held():
+        rows, judgements, encoded = run.judged(book, run.written(book))
+        return making.extraction(rows, encoded, judgements, book, made)
 
 
 def _judgement(row: Rollout) -> Judgement:

@@ -77,7 +77,7 @@ class Making:
             save=book.keep_pooled if book.on_disk else None,
             shown=partial(shown, what="pooling") if self.progress else None,
         )
-        provenance = self._provenance(rows, made)
+        provenance = self._provenance(rows, made).noting(judgements.counts)
         vectors = {
             variant: self._vector(variant, one, provenance)
             for variant, one in pooled.items()

@@ -41,6 +41,26 @@ class Workbook:
         self._replies = Answers(self._path("replies.jsonl"))
         self._judgements = Answers(self._path("judgements.jsonl"))
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else's while inside: `WorkError` where another process is at work in the folder.
+
+        The hold ends with the process, however that ends. What an earlier one left half written is
+        swept away.
+        """
+        if self._folder is None:
+            yield
+            return
+        with _writing(self._folder):
+            file = os.open(self._folder / _RUN, os.O_RDONLY)
+        try:
+            _lock(file, self._folder)
+            for draft in self._folder.glob(".*.tmp"):
+                draft.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(file)
+
     @property
     def on_disk(self) -> bool:
         return self._folder is not None
@@ -147,15 +167,28 @@ def _judgement(pair: tuple[str, str], kept: Record) -> Judgement:
         ) from None
 
 
+def _lock(file: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has none: there two runs in one folder are the user's to avoid
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkError(
+            f"{folder}: got a folder that another process is at work in; wanted one of one's own. "
+            "Wait for it, or name another"
+        ) from None
+
+
 def _open(folder: Path, settings: Settings) -> None:
     """Make the folder a run's own, or check that it is."""
     path = folder / _RUN
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for draft in folder.glob(".*.tmp"):  # what a kill left of a file half written
-            draft.unlink(missing_ok=True)
         if not path.exists():
-            others = sorted(one.name for one in folder.iterdir())
+            # Hidden ones are what a kill left of a file half written.
+            others = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
             if others:
                 raise WorkError(
                     f"{folder}: got a folder with {', '.join(others)[:80]} in it; wanted an empty "

@@ -190,6 +190,7 @@ def test_the_vector_says_where_it_comes_from(tmp_path: Path) -> None:
     assert source.thresholds == {"trait": 50.0, "coherence": 50.0}
     assert (source.judge, source.kept, source.dropped) == ("Letters", result.kept, result.dropped)
     assert source.seeds == (0,)
+    assert source.note.endswith("judged 64 of 64, failed 0 (refused 0)")
     assert len(source.prompt_hash) == 64
     assert source.prompt_hash != run(questions=QUESTIONS[::-1]).vector.provenance.prompt_hash
     vector.save(tmp_path / "evil.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import pvcore as pv
 from pvcore.errors import JudgeFailure, WorkError
 from pvcore.extraction import Extraction, extract
-from pvcore.judge import JudgingAborted, judge_all
+from pvcore.judge import Judgement, JudgingAborted, judge_all
 from pvcore.traits import ContrastPair
 from pvcore.workbook import Workbook
 from tests.families import build, tokenizer
@@ -234,14 +234,65 @@ def test_a_place_that_cannot_be_written_is_one_typed_error(
 
 
 def test_drafts_that_a_kill_left_are_swept_and_nothing_else(tmp_path: Path) -> None:
-    Workbook(tmp_path, SETTINGS)
+    (tmp_path / ".run.json.4567.tmp").write_bytes(b"half")
+    book = Workbook(tmp_path, SETTINGS)
     (tmp_path / ".pooled.safetensors.0123.tmp").write_bytes(b"half")
     (tmp_path / "mine.txt").write_bytes(b"whole")
-    Workbook(tmp_path, SETTINGS)
+    with book.held():
+        pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "run.json"]
     assert json.loads((tmp_path / "run.json").read_text("utf-8")) == {
         "pvcore_extraction": {"format": 1, **SETTINGS}
     }
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    first, second = Workbook(tmp_path, SETTINGS), Workbook(tmp_path, SETTINGS)
+    with first.held():
+        draft = tmp_path / ".pooled.safetensors.0123.tmp"
+        draft.write_bytes(b"being written")
+        with (
+            pytest.raises(WorkError, match="another process is at work in; wanted one of one's"),
+            second.held(),
+        ):
+            pass
+        assert draft.exists()
+    with second.held():
+        assert not draft.exists()
+
+
+class Backwards(Counting):
+    """Judges many at once and is done with the last ones first."""
+
+    def judge_many(
+        self, trait: str, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[int, Judgement]]:
+        for index in reversed(range(len(pairs))):
+            question, answer = pairs[index]
+            yield (
+                index,
+                Judgement(
+                    question=question,
+                    answer=answer,
+                    trait_score=self.trait(trait, question, answer),
+                    coherence_score=self.coherence(question, answer),
+                    failure=None,
+                ),
+            )
+
+
+def test_judgements_are_kept_in_whatever_order_they_come(tmp_path: Path) -> None:
+    pairs = [("q", letter * 3) for letter in "abcdefgh"]
+    broken = Workbook(tmp_path, SETTINGS).judge(Backwards())
+    for number, (index, _) in enumerate(broken.judge_many("evil", pairs)):
+        assert index == len(pairs) - 1 - number
+        if number == 2:
+            break
+    mended = Backwards()
+    found = judge_all(Workbook(tmp_path, SETTINGS).judge(mended), "evil", pairs)
+    assert mended.asked == pairs[4::-1]
+    assert [row.answer for row in found.rows] == [answer for _, answer in pairs]
+    assert found == judge_all(Letters(), "evil", pairs)
 
 
 def test_without_a_folder_everything_is_in_memory(tmp_path: Path) -> None:
