@@ -56,7 +56,8 @@ class Resamples:
 
     def weights(self, pair: int) -> Float64[Tensor, " resample"]:
         """How often each resample holds a pair."""
-        drawn = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, pair]))
+        key = np.array([self._seed % 2**64, pair], dtype=np.uint64)
+        drawn = np.random.Generator(np.random.Philox(key=key))
         return torch.from_numpy(drawn.poisson(1.0, len(self.totals)).astype(np.float64))
 
     def intervals(self, vector: Float64[Tensor, "n_sites d_model"]) -> Intervals:

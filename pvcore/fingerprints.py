@@ -34,5 +34,7 @@ def of_weights(hf: Any) -> str:
 
 def of_tokenizer(tokenizer: Any) -> str:
     """A fingerprint of how chats become tokens: the template and the vocabulary."""
+    if tokenizer is None:
+        return "none"
     template = getattr(tokenizer, "chat_template", None)
     return of_text([str(template), sorted(tokenizer.get_vocab().items())])

@@ -1,6 +1,6 @@
 """HookedModel: a Hugging Face causal language model whose residual stream is in reach."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import Any
@@ -236,6 +236,11 @@ class HookedModel:
         `encoded` is what `encode` gave. The first so many batches can be left out.
         """
         return self._reading(encoded, sites, spans, batch_size, False, first_batch).run()
+
+    def require(self, sites: Iterable[Site]) -> None:
+        """Raise `SiteError` for a site that this model does not have."""
+        for site in sites:
+            self._decoder.require(site)
 
     def encode(self, chats: Chats) -> list[Encoded]:
         """Chats as the token ids that this model reads; `ChatError` for those it cannot."""

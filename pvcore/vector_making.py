@@ -46,11 +46,13 @@ class Making:
         }
 
     def check(self) -> None:
-        """Raise `ExtractionError` for sizes that cannot be."""
-        if self.batch_size < 1 or self.resamples < 0:
+        """Raise, before anything is sampled or paid for, for sizes and sites that cannot be."""
+        self.model.require(self.sites)
+        whole = isinstance(self.batch_size, int) and isinstance(self.resamples, int)
+        if not whole or self.batch_size < 1 or self.resamples < 0:
             raise ExtractionError(
-                f"got batch_size={self.batch_size}, resamples={self.resamples}; wanted at least 1, "
-                "and at least 0"
+                f"got batch_size={self.batch_size}, resamples={self.resamples}; wanted whole "
+                "numbers, at least 1 and at least 0"
             )
 
     def extraction(

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import pvcore as pv
-from pvcore.errors import ExtractionError, JudgeFailure
+from pvcore.errors import ChatError, ExtractionError, JudgeFailure, SiteError
 from pvcore.extraction import Extraction, Rollout, extract, pairwise_filter, sample_replies
 from pvcore.rollouts import Turn
 from pvcore.traits import ContrastPair
@@ -325,6 +325,7 @@ def test_a_failed_judgement_drops_its_pair_and_is_counted() -> None:
         ({"system_prompts": ()}, "got 0 pairs of system prompts"),
         ({"batch_size": 0}, "got batch_size=0"),
         ({"resamples": -1}, "resamples=-1"),
+        ({"threshold": math.nan}, "got 0 of 32 pairs kept"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
@@ -333,6 +334,21 @@ def test_a_failed_judgement_drops_its_pair_and_is_counted() -> None:
 def test_what_gives_no_vector_is_one_typed_error(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ExtractionError, match=complaint):
         run(**settings)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_sampled() -> None:
+    untouched = Written([])
+    with pytest.raises(SiteError, match=r"got site resid_post\.99; this qwen2 model has 3 blocks"):
+        run(writer=untouched, layers=[99])
+    with pytest.raises(ExtractionError, match="resamples=-1"):
+        run(writer=untouched, resamples=-1)
+    with pytest.raises(ChatError, match="got no tokenizer"):
+        run(pv.HookedModel(build("qwen2"), None, model_id="tiny/qwen2"))
+
+
+@pytest.mark.parametrize("seed", [-3, 2**70])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    assert run(seed=seed).vector.provenance.seeds == (seed,)
 
 
 def test_no_readable_reply_is_one_typed_error() -> None:
