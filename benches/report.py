@@ -15,24 +15,18 @@ from benches import record, tables
 from benches.demo_table import demo_summary
 from benches.extraction_table import extraction_summary
 from benches.record import RESULTS, ROOT, RecordError
+from benches.study_table import study_summary
 from pvcore.files import write_whole
 
 KNOWN = (
-    "overhead",
-    "reading",
-    "peers",
-    "scaling",
-    "kernels",
-    "gpu_kernels",
-    "training",
-    "pooling",
-    "demo",
-    "extraction",
+    *("overhead", "compiled", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training"),
+    *("pooling", "demo", "extraction", "study"),
 )
+# Records that are no measurements of speed have tables of their own.
+OWN = {"demo": demo_summary, "extraction": extraction_summary, "study": study_summary}
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )
-DOCUMENTS_OF_THEIR_OWN = {"demo": demo_summary, "extraction": extraction_summary}
 OPENING = re.compile(r"<!-- figures?: ")
 NOT_MEASURED = "not measured"
 README = ROOT / "README.md"
@@ -76,8 +70,8 @@ def _block(name: str, results: Path) -> str:
     path = _path(name, results)
     if not path.exists():
         return f"*{name}: {NOT_MEASURED}*"
-    if name in DOCUMENTS_OF_THEIR_OWN:
-        return DOCUMENTS_OF_THEIR_OWN[name](record.read_json(path))
+    if name in OWN:
+        return OWN[name](record.read_json(path))
     found = record.read(path)
     if found.cells and all(cell.status == NOT_MEASURED for cell in found.cells.values()):
         reasons = dict.fromkeys(cell.reason for cell in found.cells.values() if cell.reason)
