@@ -86,16 +86,12 @@ def quality(vector: PersonaVector) -> tuple[LayerQuality, ...]:
         LayerQuality(
             site=site,
             norm=norm,
-            separation=_over(norm, spread),
+            separation=(separation := norm / spread if spread else math.inf),
             split_half_cosine=cosine,
-            separation_interval=(_over(low, spread), _over(high, spread)),
+            separation_interval=(separation * low, separation * high),
             cosine_low=cosine_low,
         )
         for site, norm, spread, cosine, low, high, cosine_low in zip(
             vector.sites, *(column.tolist() for column in columns), *resampled, strict=True
         )
     )
-
-
-def _over(length: float, spread: float) -> float:
-    return length / spread if spread else math.inf

@@ -8,7 +8,8 @@ appendix J.3 for all layers at once).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite
+from math import isclose, isfinite
+from typing import Any
 
 import torch
 
@@ -69,6 +70,7 @@ class Selection:
     coherence: float
     floor: float
     questions: int
+    span: Span | None = None
 
     @property
     def layer(self) -> int | None:
@@ -81,13 +83,15 @@ class Selection:
 
     def add(self) -> Add:
         """The intervention chosen."""
-        return _added(self.vector, self.best.site, self.best.coefficient, None)
+        return _added(self.vector, self.best.site, self.best.coefficient, self.span)
 
     def recorded(self) -> PersonaVector:
         """The vector with the choice in its `calibration`, under `selection`, for its file."""
         chosen = {
             "place": self.best.place,
             "coefficient": self.best.coefficient,
+            "norm": _norm(self.vector, self.best.site),
+            "span": self.span,
             "score": self.best.score,
             "coherence": self.best.coherence,
             "control score": self.best.control_score,
@@ -133,7 +137,7 @@ def select(
     places = shown(range(len(arms)), f"steering {trait.name}") if progress else range(len(arms))
     plain = sweep.judged(None, (0.0,))[0.0]
     cells = [cell for at in places for cell in sweep.cells(vector, arms[at], doses, seed)]
-    return _selection(vector, cells, plain, float(floor))
+    return _selection(vector, cells, plain, float(floor), span)
 
 
 def validate(
@@ -161,7 +165,11 @@ def validate(
 
 
 def _selection(
-    vector: PersonaVector, cells: Sequence[Cell], plain: Judgements, floor: float
+    vector: PersonaVector,
+    cells: Sequence[Cell],
+    plain: Judgements,
+    floor: float,
+    span: Span | None,
 ) -> Selection:
     return Selection(
         vector=vector,
@@ -171,22 +179,41 @@ def _selection(
         coherence=plain.mean_coherence_score,
         floor=floor,
         questions=len(plain.rows),
+        span=span,
     )
 
 
 def recorded_choice(vector: PersonaVector) -> Add:
-    """The intervention that `Selection.recorded` put into a vector; `SelectionError` for none."""
+    """The intervention that `Selection.recorded` put into a vector.
+
+    `SelectionError` for a vector without one, and for one that was scaled since: its coefficient
+    was of the length it had.
+    """
     chosen = vector.calibration.get("selection")
-    place, coefficient = (
-        (chosen.get("place"), chosen.get("coefficient")) if isinstance(chosen, Mapping) else (0, 0)
-    )
-    if not isinstance(place, str) or not isinstance(coefficient, int | float):
+    known = chosen if isinstance(chosen, Mapping) else {}
+    place: Any = known.get("place")
+    coefficient: Any = known.get("coefficient")
+    norm: Any = known.get("norm")
+    numbers = isinstance(coefficient, int | float) and isinstance(norm, int | float)
+    if not isinstance(place, str) or not numbers:
         raise SelectionError(
             f"got {vector.trait!r} without a coefficient recorded; wanted a vector that was "
             "selected. Extract it with --select, or name a coefficient"
         )
     site = None if place == INCREMENTAL else Site.parse(place)
-    return _added(vector, site, coefficient, None)
+    now = _norm(vector, site)
+    if not isclose(now, norm, rel_tol=1e-4):
+        raise SelectionError(
+            f"got {vector.trait!r} of norm {now:.4g} at {place}; its coefficient was recorded for "
+            f"{norm:.4g}. Select again, or name a coefficient"
+        )
+    return _added(vector, site, coefficient, known.get("span"))
+
+
+def _norm(vector: PersonaVector, site: Site | None) -> float:
+    """The length of what one unit of a coefficient adds at a place, over all its layers."""
+    direction = vector.layer_incremental() if site is None else vector.at([site])
+    return float(direction.directions.double().norm())
 
 
 def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:

@@ -106,9 +106,11 @@ class Making:
         }
         intervals = pooled.intervals()
         if intervals is not None:
+            # As shares of the norm, so that a vector that is scaled may keep them.
+            norm = pooled.vector.norm(dim=-1)
             statistics |= {
-                "length_low": intervals.low,
-                "length_high": intervals.high,
+                "length_low": intervals.low / norm,
+                "length_high": intervals.high / norm,
                 "cosine_low": intervals.cosine_low,
             }
         return PersonaVector(

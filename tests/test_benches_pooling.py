@@ -40,7 +40,10 @@ def test_the_published_loop_does_so_much_more_arithmetic() -> None:
     assert more / 2 < task.flop_bound() <= more
 
 
-def test_measures_every_way_beside_the_bare_forward_and_the_loop() -> None:
+def test_measures_every_way_beside_the_bare_forward_and_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pooling, "_peak", lambda _settings, conversations: 100 + conversations)
     made = pooling.measure(QUICK, command="x")
     assert made.correct
     (case,) = QUICK.cases
@@ -50,8 +53,13 @@ def test_measures_every_way_beside_the_bare_forward_and_the_loop() -> None:
         "peak memory/8 conversations beside 4/resident"
     }
     assert {cell.status for cell in made.cells.values()} == {"measured"}
+    assert made.cells["peak memory/8 conversations beside 4/resident"].p50 == 1.0385
     pool = made.cells[f"{case}/{ROWS['pool']}/CPU time"]
     assert pool.target == pytest.approx(1 / 0.9, abs=1e-4)
+
+
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    assert 100_000 < pooling._peak(QUICK, 4) < 4_000_000  # KiB: torch and transformers are in it
 
 
 def test_a_wrong_vector_leaves_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

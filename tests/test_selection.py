@@ -169,8 +169,18 @@ def test_the_choice_is_kept_in_the_file_and_steers_from_there(tmp_path: Path) ->
     assert add.sites == SITES
     steps = torch.stack(list(increments(evil().directions).values()))
     assert torch.equal(torch.cat([add.directions(site) for site in SITES]), steps)
+    assert recorded_choice(replace(selection, span="all").recorded()).span == "all"
     with pytest.raises(SelectionError, match="got 'evil' without a coefficient recorded"):
         recorded_choice(evil())
+
+
+def test_a_vector_that_was_scaled_since_is_not_steered_by_its_old_coefficient() -> None:
+    scaled = 2.0 * selected()[0].recorded()
+    assert scaled.calibration["selection"]["coefficient"] == selected()[0].coefficient
+    with pytest.raises(SelectionError, match="its coefficient was recorded for"):
+        recorded_choice(scaled)
+    with pytest.raises(SelectionError, match="its coefficient was recorded for"):
+        recorded_choice(selected()[0].recorded().unit())
 
 
 def test_nothing_above_the_floor_is_refused() -> None:
