@@ -45,8 +45,8 @@ class Settings:
         Case(shape=Shape(hidden=512, layers=12, vocabulary=32000), conversations=60),
     )
     rounds: int = 9
-    few: int = 200
-    many: int = 1600
+    few: int = 100
+    many: int = 800
     processes: int = 3
     seed: int = 0
 

@@ -184,7 +184,10 @@ class Reading:
             )
             moments = None
         else:
-            values, moments = torch.stack([rows.cpu() for rows in taken]), None
+            # One copy from the device instead of one a site, where all sites are on one.
+            one_device = len({rows.device for rows in taken}) == 1
+            held = torch.stack(taken) if one_device else torch.stack([t.cpu() for t in taken])
+            values, moments = held.cpu(), None
             _require_finite(list(values), self.sites, chosen)
         if values is not None:
             values = values.to("cpu", pool.dtype)
