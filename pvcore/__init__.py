@@ -3,6 +3,8 @@
 from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
+from pvcore.calibration import Calibration as Calibration
+from pvcore.calibration import calibrate as calibrate
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
 from pvcore.errors import JudgeFailure as JudgeFailure
@@ -20,6 +22,8 @@ from pvcore.monitor import Seen as Seen
 from pvcore.monitor import TraitScores as TraitScores
 from pvcore.plan import Plan as Plan
 from pvcore.provenance import Provenance as Provenance
+from pvcore.selection import Selection as Selection
+from pvcore.selection import select as select
 from pvcore.shift import FinetuningShift as FinetuningShift
 from pvcore.shift import finetuning_shift as finetuning_shift
 from pvcore.shift import shift_trajectory as shift_trajectory

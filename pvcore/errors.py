@@ -75,3 +75,15 @@ class AnswersError(PvcoreError):
 
 class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
+
+
+class CalibrationError(PvcoreError):
+    """A calibration that cannot be made, or that a vector does not have."""
+
+
+class WorkError(PvcoreError):
+    """A work folder that belongs to another run, or that cannot be used."""
+
+
+class SelectionError(PvcoreError):
+    """A steering sweep in which there is nothing to choose."""
