@@ -3,13 +3,18 @@
 from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
+from pvcore.alarms import Alarm as Alarm
+from pvcore.alarms import Threshold as Threshold
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
+from pvcore.conditions import Above as Above
+from pvcore.conditions import Below as Below
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
 from pvcore.extraction import extract as extract
 from pvcore.graph import Graph as Graph
+from pvcore.guards import Controls as Controls
 from pvcore.interventions import Ablate as Ablate
 from pvcore.interventions import Add as Add
 from pvcore.interventions import Cap as Cap
@@ -18,6 +23,7 @@ from pvcore.model import HookedModel as HookedModel
 from pvcore.moments import Moments as Moments
 from pvcore.monitor import Seen as Seen
 from pvcore.monitor import TraitScores as TraitScores
+from pvcore.monitoring import Monitor as Monitor
 from pvcore.plan import Plan as Plan
 from pvcore.provenance import Provenance as Provenance
 from pvcore.shift import FinetuningShift as FinetuningShift
@@ -27,8 +33,8 @@ from pvcore.sites import Site as Site
 from pvcore.sites import resid_mid as resid_mid
 from pvcore.sites import resid_post as resid_post
 from pvcore.sites import resid_pre as resid_pre
-from pvcore.stream import Alarm as Alarm
 from pvcore.stream import Step as Step
+from pvcore.streamer import ProjectionStreamer as ProjectionStreamer
 from pvcore.training import prevent as prevent
 from pvcore.traits import Trait as Trait
 from pvcore.vectors import PersonaVector as PersonaVector

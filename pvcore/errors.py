@@ -75,3 +75,11 @@ class AnswersError(PvcoreError):
 
 class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
+
+
+class StatisticsError(PvcoreError):
+    """A statistic asked of numbers that do not have it."""
+
+
+class ExportError(PvcoreError):
+    """What was seen cannot be written where, or as, it was asked for."""

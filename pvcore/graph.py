@@ -290,6 +290,8 @@ class _Generation:
             self._begin(inputs["input_ids"].device)
         assert self._step is not None
         assert self._transport is not None
+        for move in self._step.resident.dialled:
+            move.turn(self._call)
         output = self._step(inputs)
         self._transport.step()
         return output

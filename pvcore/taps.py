@@ -329,11 +329,12 @@ class Taps:
         self,
         programs: Mapping[Site, SiteProgram],
         *,
-        row_counts: frozenset[int],
         lapsed: Callable[[], bool],
+        readers: Sequence[Reader] = (),
+        row_counts: frozenset[int] = frozenset(),
     ) -> Callable[[], None]:
         """Arm programs that act with gradients on until `lapsed`, or until the result is called."""
-        return hold_session(self._session(programs, row_counts=row_counts, lapsed=lapsed), self.key)
+        return hold_session(self._session(programs, readers, row_counts, lapsed=lapsed), self.key)
 
     def _session(
         self,
