@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pvcore as pv
 from benches.bare_hooks import steering, watching
+from benches.random_models import twin
 from pvcore.blocks import find_decoder
 from pvcore.chats import as_chats, encode_all, pad
 
@@ -99,19 +100,25 @@ class Task:
             scores=lambda: torch.stack([seen[name].steps for name in seen.traits], dim=-1),
         )
 
-    def hooked(
-        self, hooks: Sequence[AbstractContextManager[list[Tensor] | None]], extra: Mapping[str, Any]
-    ) -> Reply:
-        """transformers' generation under bare hooks, the last of which may collect scores."""
-        with ExitStack() as stack:
-            made = [stack.enter_context(hook) for hook in hooks][-1]
-            tokens = self.plainly(self.plain, extra)
-        if made is None:
-            return Reply(tokens=tokens)
-        return Reply(
-            tokens=tokens,
-            scores=lambda: by_step([scores[:, -1].cpu() for scores in made], len(self.blocks)),
-        )
+    def hooked(self, *, steers: bool, watches: bool) -> Run:
+        """transformers' generation under bare hooks, on a twin that no other arm generates with."""
+        hf, units, delta = twin(self.plain), self.units, self.delta
+        blocks = find_decoder(hf).blocks
+
+        def run(**extra: Any) -> Reply:
+            with ExitStack() as stack:
+                if steers:
+                    stack.enter_context(steering(blocks[self.layer], delta))
+                made = stack.enter_context(watching(blocks, units)) if watches else None
+                tokens = self.plainly(hf, extra)
+            if made is None:
+                return Reply(tokens=tokens)
+            return Reply(
+                tokens=tokens,
+                scores=lambda: by_step([scores[:, -1].cpu() for scores in made], len(blocks)),
+            )
+
+        return run
 
     def arms(self) -> dict[str, Run]:
         """Every way by name; settings given to a run go to `generate`.
@@ -121,8 +128,6 @@ class Task:
         plain, model, bank = self.plain, self.model, self.bank
         add = pv.Add(self.vectors[0], coeff=self.coeff, layers=[self.layer])
         both = pv.Plan(add, monitor=bank)
-        blocks, units, delta = self.blocks, self.units, self.delta
-        block = blocks[self.layer]
         return {
             "plain": lambda **extra: self.unhooked(plain, extra),
             "again": lambda **extra: self.unhooked(plain, extra),
@@ -131,9 +136,7 @@ class Task:
             "monitor": lambda **extra: self.armed(model.monitor(bank), extra),
             "steer": lambda **extra: self.armed(model.steer(add), extra),
             "both": lambda **extra: self.armed(model.arm(both), extra),
-            "hook monitor": lambda **extra: self.hooked([watching(blocks, units)], extra),
-            "hook steer": lambda **extra: self.hooked([steering(block, delta)], extra),
-            "hook both": lambda **extra: self.hooked(
-                [steering(block, delta), watching(blocks, units)], extra
-            ),
+            "hook monitor": self.hooked(steers=False, watches=True),
+            "hook steer": self.hooked(steers=True, watches=False),
+            "hook both": self.hooked(steers=True, watches=True),
         }

@@ -42,12 +42,12 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
     replies = {name: reply for name, (reply, _) in taped.items()}
     checks: dict[str, Check] = {}
     for name in ("again", "idle", "unarmed", "monitor", "hook monitor"):
-        differing = _differing(replies[name].tokens, replies["plain"].tokens)
-        differing += _differing(taped[name][1], taped["plain"][1])
-        checks[f"{name}: tokens and logits unlike plain's"] = Check(worst=differing, bound=0)
+        unlike = differing(replies[name].tokens, replies["plain"].tokens)
+        unlike += differing(taped[name][1], taped["plain"][1])
+        checks[f"{name}: tokens and logits unlike plain's"] = Check(worst=unlike, bound=0)
     for name in ("steer", "both", "hook both"):
-        differing = _differing(replies[name].tokens, replies["hook steer"].tokens)
-        checks[f"{name}: tokens unlike a bare hook's"] = Check(worst=differing, bound=0)
+        unlike = differing(replies[name].tokens, replies["hook steer"].tokens)
+        checks[f"{name}: tokens unlike a bare hook's"] = Check(worst=unlike, bound=0)
     same = (replies["steer"].tokens == replies["plain"].tokens).all(1)
     checks["steer: replies it left as they were"] = Check(worst=int(same.sum()), bound=0)
     for steered, names in ((False, ("monitor", "hook monitor")), (True, ("both", "hook both"))):
@@ -67,6 +67,13 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
     return checks
 
 
+def projection_error(task: Task, reply: Reply, *, steered: bool) -> float:
+    """The worst error of a reply's projections, as a share of its row's norm."""
+    rows = _rows(task, steered=steered)
+    exact = torch.einsum("slbd,lvd->slbv", rows, task.bank.units.double())
+    return _error(reply, exact, rows.norm(dim=-1, keepdim=True))
+
+
 def _rows(task: Task, *, steered: bool) -> Float[Tensor, "step layer chat d_model"]:
     """What flowed through the model that pvcore never met, in float64."""
     blocks = task.blocks
@@ -78,7 +85,7 @@ def _rows(task: Task, *, steered: bool) -> Float[Tensor, "step layer chat d_mode
     return by_step(rows, len(blocks)).double().cpu()
 
 
-def _differing(got: Tensor, wanted: Tensor) -> int:
+def differing(got: Tensor, wanted: Tensor) -> int:
     """How many entries differ; all of them when the shapes do."""
     if got.shape != wanted.shape:
         return max(got.numel(), wanted.numel())

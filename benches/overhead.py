@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter, process_time
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pvcore as pv
-from benches import record, rounds
+from benches import lockstep, record, rounds
 from benches.arms import Task
 from benches.arms_checks import check
 from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
@@ -30,11 +31,7 @@ ROWS = {
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
-CLOCKS: dict[str, rounds.Clock] = {
-    "median step": "step",
-    "CPU time": "cpu",
-    "wall clock": "wall",
-}
+STEP, WHOLE, WALL = "decode step", "whole generation", "wall clock"
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.05}
 
@@ -51,14 +48,19 @@ class Settings:
     model: str | None = None
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 16
-    # Short generations, many rounds: arms of a round stay close in time on a shared machine.
-    new_tokens: int = 24
-    rounds: int = 160
+    new_tokens: int = 32
+    # Rounds of single steps, the arms in turn, are many; of whole generations few.
+    generations: int = 64
+    rounds: int = 40
     seed: int = 0
 
 
 QUICK = Settings(
-    shape=Shape(hidden=64, layers=2, vocabulary=128), batches=(1, 2), new_tokens=6, rounds=2
+    shape=Shape(hidden=64, layers=2, vocabulary=128),
+    batches=(1, 2),
+    new_tokens=6,
+    generations=2,
+    rounds=2,
 )
 
 
@@ -133,25 +135,48 @@ def _labels(batch: int, task: Task, column: str) -> dict[str, str]:
 
 
 def _refused(batch: int, task: Task, reason: str) -> dict[str, Cell]:
-    labels = [label for column in CLOCKS for label in _labels(batch, task, column).values()]
+    labels = [
+        label for column in (STEP, WHOLE, WALL) for label in _labels(batch, task, column).values()
+    ]
     return {label: Cell(status="failed", reason=reason) for label in labels}
 
 
 def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
     on_gpu = task.model.device.type == "cuda"
-    laps = rounds.interleave(
-        {name: stepping(arm, on_gpu=on_gpu) for name, arm in task.arms().items()},
+    finish = torch.cuda.synchronize if on_gpu else lambda: None
+    arms = task.arms()
+    busy: rounds.Clock = "wall" if on_gpu else "cpu"
+    steps = lockstep.take_turns(
+        arms,
+        generations=settings.generations,
+        new_tokens=settings.new_tokens,
+        seed=settings.seed,
+        finish=finish,
+        what=f"batch {batch}, steps",
+    )
+    wholes = rounds.interleave(
+        {name: partial(_whole, arm) for name, arm in arms.items()},
         rounds=settings.rounds,
         seed=settings.seed,
-        finish=torch.cuda.synchronize if on_gpu else lambda: None,
-        what=f"batch {batch}",
+        finish=finish,
+        what=f"batch {batch}, generations",
     )
     targets = TARGETS if batch == 1 else {}
+    columns: dict[str, tuple[dict[str, list[rounds.Lap]], rounds.Clock]] = {
+        STEP: (steps, busy),
+        WHOLE: (wholes, busy),
+        WALL: (wholes, "wall"),
+    }
     return {
         label: rounds.paired(laps[name], laps[PLAIN], clock=clock, target=targets.get(name))
-        for column, clock in CLOCKS.items()
+        for column, (laps, clock) in columns.items()
         for name, label in _labels(batch, task, column).items()
     }
+
+
+def _whole(arm: Callable[..., object]) -> None:
+    """The arm as a job, timed from its start to its end."""
+    arm()
 
 
 def stepping(arm: Callable[..., object], *, on_gpu: bool) -> rounds.Job:
@@ -175,8 +200,9 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
     config = task.plain.config
     return {
         "ratio": (
-            "time beside plain `hf.generate` on the same weights, of the median decode step and "
-            "of the whole generation"
+            "time beside plain `hf.generate` on the same weights: CPU time of a decode step, "
+            "all ways taking turns after every token, and CPU time and wall clock of the whole "
+            "generation"
         ),
         "model": settings.model or "Qwen2, random weights",
         "hidden": task.model.d_model,
@@ -186,5 +212,6 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
         "prompt tokens": settings.prompt_tokens,
         "new tokens": settings.new_tokens,
         "vectors": len(task.vectors),
-        "rounds": settings.rounds,
+        "steps timed": settings.generations * (settings.new_tokens - 1),
+        "generations timed": settings.rounds,
     }

@@ -6,7 +6,8 @@ ratio says more than the ratio of two medians.
 
 import gc
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import quantiles
 from time import perf_counter, process_time
@@ -54,19 +55,24 @@ def interleave(
     laps: dict[str, list[Lap]] = {name: [] for name in jobs}
     for job in jobs.values():
         job()
-    # What lives now lives to the end; without this every collection would walk through it.
+    with frozen(), bars() as progress:
+        for _ in progress.track(range(rounds), description=what):
+            draw.shuffle(order)
+            for name in order:
+                laps[name].append(_lap(jobs[name], finish))
+            progress.refresh()
+    return laps
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """What lives now lives to the end; without this every collection would walk through it."""
     gc.collect()
     gc.freeze()
     try:
-        with bars() as progress:
-            for _ in progress.track(range(rounds), description=what):
-                draw.shuffle(order)
-                for name in order:
-                    laps[name].append(_lap(jobs[name], finish))
-                progress.refresh()
+        yield
     finally:
         gc.unfreeze()
-    return laps
 
 
 def _lap(job: Job, finish: Callable[[], None]) -> Lap:

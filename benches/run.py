@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benches import kernels, overhead, reading, record, scaling, tables, training
+from benches import compiled, kernels, overhead, reading, record, scaling, tables, training
 from benches.peers import measure as peers
 from benches.record import Record
 
@@ -43,6 +43,16 @@ def run_overhead(
         settings = replace(settings, rounds=rounds)
     command = _command("overhead", quick, settings.rounds, model)
     _finish(lambda: overhead.measure(settings, command=command), quick, out)
+
+
+@app.command("compiled")
+def run_compiled(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """Monitoring and steering in compiled generation, beside plain compiled generation."""
+    settings = compiled.QUICK if quick else compiled.Settings()
+    if rounds is not None:
+        settings = replace(settings, generations=rounds)
+    command = _command("compiled", quick, settings.generations)
+    _finish(lambda: compiled.measure(settings, command=command), quick, out)
 
 
 @app.command("reading")

@@ -141,7 +141,7 @@ class Guard(Seen):
         """
         count = int(lengths.max())
         over = lengths < count
-        scores = self._records[call].newest(self.sites).masked_fill(over[:, None], torch.nan)
+        scores = self.newest(call).masked_fill(over[:, None], torch.nan)
         projections = {trait: scores[..., k] for k, trait in enumerate(self.traits)}
         alarms = self._bell(call).ring(count - 1, projections)
         self._rung.setdefault(call, []).extend(alarms)

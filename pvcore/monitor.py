@@ -1,7 +1,9 @@
 """Monitoring: projections on every vector of a bank while a model reads and generates.
 
 In a prompt each site is scored as it is reached, because keeping every layer's rows would hold
-gigabytes. In decode the newest rows are collected and all layers are scored once a step.
+gigabytes. In decode the newest rows are collected and all layers are scored at once: step by step
+on an accelerator, and on a CPU, where the call costs more than the arithmetic, several steps
+together unless somebody asks for the newest.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,9 @@ from pvcore.sessions import Take
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
 from pvcore_kernels.reference import accumulator
+
+WAITING_BYTES = 4 << 20
+WAITING_STEPS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,9 @@ class _Record:
     call: Call
     given: dict[Site, list[Tensor]] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
+    # Steps whose rows are not scored yet, and how many of them may be kept.
+    waiting: list[list[Tensor]] = field(default_factory=list)
+    patience: int = 0
     steps: list[Float[Tensor, "site batch n_vec"]] = field(default_factory=list)
     outcome: Outcome | None = None
 
@@ -97,6 +105,8 @@ class Seen:
         if not self._records:
             raise HookError("got no forward to report yet; run the model inside the block first")
         records = list(self._records.values())
+        for record in records:
+            self._score_waiting(record)
         parts = [self._table(record, self.traits.index(trait)) for record in records]
         order = _chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
         steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
@@ -120,8 +130,13 @@ class Seen:
     def end(self, frame: Frame) -> None:
         record: _Record = frame.notes[self]
         self._records[frame.call] = record
-        if record.rows:
-            record.steps.append(self._scored(record.rows))
+        if not record.rows:
+            return
+        record.waiting.append(record.rows)
+        if not record.patience:
+            record.patience = _patience(record.rows)
+        if len(record.waiting) >= record.patience or frame.width > 1:
+            self._score_waiting(record)
 
     def _score_given(
         self, record: _Record, place: int, h: Float[Tensor, "batch pos d_model"], start: int
@@ -135,23 +150,35 @@ class Seen:
             record.given[site] = [unseen]
         record.given[site].append(scores)
 
-    def _scored(
+    def _score_waiting(self, record: _Record) -> None:
+        """Score the steps that wait, all layers at once, or one by one where devices differ."""
+        steps, record.waiting = record.waiting, []
+        if not steps:
+            return
+        if self._one_device is None:
+            self._one_device = len({row.device for row in steps[0]}) == 1
+        with torch.no_grad():
+            if not self._one_device:
+                record.steps += [self._scored_apart(rows) for rows in steps]
+                return
+            rows = torch.cat([row for step in steps for row in step], dim=1)
+            by_step = rows.view(len(rows), len(steps), -1, rows.shape[-1]).permute(1, 2, 0, 3)
+            units = self._placed(rows)
+            # Step by step, so that no sum depends on how many steps waited.
+            record.steps += [kernels.project_layers(one, units) for one in by_step.contiguous()]
+
+    def _scored_apart(
         self, rows: Sequence[Float[Tensor, "batch 1 d_model"]]
     ) -> Float[Tensor, "site batch n_vec"]:
-        """The newest rows of all layers scored at once, or one by one where devices differ."""
-        if self._one_device is None:
-            self._one_device = len({row.device for row in rows}) == 1
-        if self._one_device:
-            newest = torch.cat(list(rows), dim=1).transpose(0, 1)
-            return kernels.project_layers(newest, self._placed(newest)).detach()
         scores = [
-            kernels.project(row.detach().squeeze(1), self._placed(row)[place]).cpu()
+            kernels.project(row.squeeze(1), self._placed(row)[place]).cpu()
             for place, row in enumerate(rows)
         ]
         return torch.stack(scores)
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         if outcome is not None:
+            self._score_waiting(self._records[call])
             self._records[call].outcome = outcome
         elif call.generating:
             # A generation that failed has no sequences whose rows could be reported.
@@ -167,9 +194,11 @@ class Seen:
         """Scores of decode steps that an engine made without coming past `take`."""
         self._records[call].steps.extend(steps.unbind(0))
 
-    def newest(self) -> Float[Tensor, "site batch n_vec"]:
-        """Scores of the step just made by the call that runs now."""
-        return next(reversed(self._records.values())).newest(self.sites)
+    def newest(self, call: Call | None = None) -> Float[Tensor, "site batch n_vec"]:
+        """Scores of the step just made by a call, or by the one that runs now."""
+        record = next(reversed(self._records.values())) if call is None else self._records[call]
+        self._score_waiting(record)
+        return record.newest(self.sites)
 
     def _stepping(self, frame: Frame) -> bool:
         """Whether the frame's news is one reply token; an uncached step repeats the prompt too."""
@@ -211,6 +240,14 @@ class Seen:
         followed = steps[torch.arange(count)[:, None], :, outcome.rows.T].movedim(1, 2)
         over = torch.arange(count)[:, None] >= outcome.lengths
         return followed.masked_fill(over[:, None], torch.nan), prompt[..., outcome.rows[:, 0]]
+
+
+def _patience(rows: Sequence[Float[Tensor, "batch 1 d_model"]]) -> int:
+    """How many steps may wait to be scored; rows that live elsewhere or in a graph may not."""
+    if any(row.device.type != "cpu" or row.requires_grad for row in rows):
+        return 1
+    step = sum(row.numel() * row.element_size() for row in rows)
+    return min(max(WAITING_BYTES // step, 1), WAITING_STEPS)
 
 
 def _chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:

@@ -17,7 +17,7 @@ from pvcore.monitor import Seen
 from pvcore.numerals import Number
 from pvcore.plan import Plan
 from pvcore.stream import Step
-from pvcore.thresholds import Calibration, calibrated
+from pvcore.thresholds import AlarmLevels, alarm_levels
 from pvcore.transcripts import Reply, Transcript, token_texts
 from pvcore.vectors import VectorBank
 
@@ -90,10 +90,10 @@ class Monitor:
             for chat, one in enumerate(given)
         ]
 
-    def calibrate(
+    def alarm_levels(
         self, neutral: Chats, *, percentile: Number = 99.0, batch_size: int = 16, **settings: Any
-    ) -> Calibration:
-        """Alarm levels that neutral conversations stay below: see `thresholds.calibrated`.
+    ) -> AlarmLevels:
+        """Alarm levels that neutral conversations stay below: see `pvcore.thresholds.alarm_levels`.
 
         A conversation counts with its highest projection over all replies, since one token is
         enough to ring. `StatisticsError` for fewer than 20 conversations.
@@ -103,7 +103,7 @@ class Monitor:
             [_highest(one, len(self.bank.traits), len(self.bank.sites)) for one in read], dim=-1
         )
         by_trait = dict(zip(self.bank.traits, highest, strict=True))
-        return calibrated(by_trait, self.bank.sites, percentile=percentile, **settings)
+        return alarm_levels(by_trait, self.bank.sites, percentile=percentile, **settings)
 
     def _located(self, chat: Any, *, for_generation: bool = False) -> Conversation:
         return located(

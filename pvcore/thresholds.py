@@ -15,7 +15,7 @@ from pvcore.sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibratedThreshold:
+class AlarmLevel:
     """One trait's alarm level at one site.
 
     `false_positive_rate` is the share of `held_out` neutral values, none of which set the level,
@@ -32,10 +32,10 @@ class CalibratedThreshold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class AlarmLevels:
     """Alarm levels of all traits and sites. `alarms` goes into a monitor or a stream."""
 
-    levels: tuple[CalibratedThreshold, ...]
+    levels: tuple[AlarmLevel, ...]
 
     @property
     def alarms(self) -> dict[str, dict[int | Site, Threshold | int | float]]:
@@ -44,26 +44,26 @@ class Calibration:
             found.setdefault(level.trait, {})[level.site] = level.threshold
         return found
 
-    def at(self, *layers: int | Site) -> "Calibration":
+    def at(self, *layers: int | Site) -> "AlarmLevels":
         """The levels of some sites only; a bare number is a block's output."""
         wanted = {str(one) if isinstance(one, Site) else f"resid_post.{one}" for one in layers}
         kept = tuple(level for level in self.levels if str(level.site) in wanted)
         if {str(level.site) for level in kept} != wanted:
             raise StatisticsError(
-                f"got {', '.join(sorted(wanted))}; this calibration has "
+                f"got {', '.join(sorted(wanted))}; these levels are for "
                 f"{', '.join(dict.fromkeys(str(level.site) for level in self.levels))}"
             )
-        return Calibration(levels=kept)
+        return AlarmLevels(levels=kept)
 
 
-def calibrated(
+def alarm_levels(
     neutral: Mapping[str, Float[Tensor, "layer value"]],
     sites: Sequence[Site],
     *,
     percentile: Number = 99.0,
     low_percentile: Number | None = None,
     confidence: float = 0.95,
-) -> Calibration:
+) -> AlarmLevels:
     """Alarm levels from neutral projections, one value a conversation, for every trait and site.
 
     Every other value sets the level, at its `percentile`; the rest, which are as neutral, tell how
@@ -85,7 +85,7 @@ def calibrated(
                     "finite"
                 )
             levels.append(_level(trait, site, known, percentile, low_percentile, confidence))
-    return Calibration(levels=tuple(levels))
+    return AlarmLevels(levels=tuple(levels))
 
 
 def _level(
@@ -95,14 +95,14 @@ def _level(
     percentile: Number,
     low_percentile: Number | None,
     confidence: float,
-) -> CalibratedThreshold:
+) -> AlarmLevel:
     setting, held_out = values[::2], values[1::2]
     high = float(torch.quantile(setting, percentile / 100))
     low = None
     if low_percentile is not None:
         low = min(float(torch.quantile(setting, low_percentile / 100)), high)
     hits = int((held_out > high).sum())
-    return CalibratedThreshold(
+    return AlarmLevel(
         trait=trait,
         site=site,
         threshold=Threshold(high, low),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benches import arms_checks, overhead, reading, record, rounds, run
+from benches import arms_checks, lockstep, overhead, reading, record, rounds, run
 from benches.arms import Reply, Task
 from benches.bare_hooks import newest_rows, steering
 from benches.random_models import random_qwen2, random_vectors, twin
@@ -269,7 +269,12 @@ class TestOverhead:
         assert made.correct
         assert len(made.cells) == len(SETTINGS.batches) * len(ARMS) * 3
         assert {cell.status for cell in made.cells.values()} == {"measured"}
-        assert {cell.n for cell in made.cells.values()} == {SETTINGS.rounds}
+        steps = SETTINGS.generations * (SETTINGS.new_tokens - 1)
+        assert {(label.split("/")[-1], cell.n) for label, cell in made.cells.items()} == {
+            (overhead.STEP, steps),
+            (overhead.WHOLE, SETTINGS.rounds),
+            (overhead.WALL, SETTINGS.rounds),
+        }
         wanted = {label: cell.target for label, cell in made.cells.items() if cell.target}
         assert {label.split("/")[0] for label in wanted} == {"batch 1"}
         assert sorted(wanted.values()) == [1.01] * 3 + [1.02] * 3 + [1.05] * 3
@@ -280,7 +285,8 @@ class TestOverhead:
             return {"idle: tokens": Check(worst=3, bound=0), "fine": Check(worst=0, bound=0)}
 
         monkeypatch.setattr(overhead, "check", failing)
-        monkeypatch.setattr(rounds, "interleave", lambda *_, **__: pytest.fail("timed anyway"))
+        for module, name in ((rounds, "interleave"), (lockstep, "take_turns")):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("timed anyway"))
         made = overhead.measure(SETTINGS, command="")
         assert not made.correct
         assert {(cell.status, cell.p50, cell.n) for cell in made.cells.values()} == {

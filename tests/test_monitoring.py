@@ -148,7 +148,7 @@ def test_calibrated_alarms_are_percentiles_of_the_highest_tokens() -> None:
     monitor = pv.Monitor(subject("qwen2").model, BANK)
     chats = neutral_chats(60)
     highest = torch.stack([one.replies[0].projections.amax(-1) for one in monitor.read(chats)])
-    found = monitor.calibrate(chats, percentile=80)
+    found = monitor.alarm_levels(chats, percentile=80)
     assert len(found.levels) == 4
     for level in found.levels:
         k, place = list(BANK.traits).index(level.trait), SITES.index(level.site)
@@ -163,7 +163,7 @@ def test_calibrated_alarms_are_percentiles_of_the_highest_tokens() -> None:
     (one,) = armed.generate([PROMPT], max_new_tokens=4, do_sample=False)
     assert {alarm.site for alarm in one.alarms} <= {SITES[1]}
     with pytest.raises(StatisticsError, match="19 neutral values"):
-        monitor.calibrate(chats[:19])
+        monitor.alarm_levels(chats[:19])
 
 
 def test_what_a_monitor_cannot_do_is_refused_when_it_is_made() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import pvcore as pv
 from pvcore.errors import ChatError, PlanError
+from pvcore.monitor import WAITING_STEPS
 from pvcore.stream import Pieces
 from tests.families import build
 from tests.subjects import prompts, subject
@@ -26,6 +27,21 @@ def test_streaming_equals_generating():
     streamed = torch.stack([step.projections["humor"] for step in steps])
     assert torch.equal(streamed, seen["humor"].steps)
     assert len({tuple(step.token_ids.tolist()) for step in steps}) > 1
+
+
+def test_steps_that_wait_to_be_scored_give_what_a_stream_shows():
+    """More tokens than wait on a CPU, and a reply that ends before the others."""
+    model = subject("qwen2").model
+    longer = GREEDY | {"max_new_tokens": WAITING_STEPS + 5, "pad_token_id": 0}
+    end = int(model.generate_ids(["Is it 3?"], **longer)[0][7])
+    with model.monitor(BANK) as seen:
+        model.generate(["Is it 3?", "well"], **longer, eos_token_id=end)
+    steps = list(model.stream(["Is it 3?", "well"], BANK, **longer, eos_token_id=end))
+    assert len(steps) > WAITING_STEPS + 1
+    for trait in ("evil", "humor"):
+        streamed = torch.stack([step.projections[trait] for step in steps])
+        assert torch.allclose(streamed, seen[trait].steps, rtol=0, atol=0, equal_nan=True)
+        assert len({tuple(row) for row in streamed[:, 0].tolist()}) > WAITING_STEPS
 
 
 def test_steering_around_a_stream_reaches_it():

@@ -6,7 +6,7 @@ import torch
 import pvcore as pv
 from pvcore.alarms import AlarmBell
 from pvcore.errors import StatisticsError
-from pvcore.thresholds import calibrated
+from pvcore.thresholds import alarm_levels
 
 SITES = (pv.resid_post(0), pv.resid_post(2))
 
@@ -21,7 +21,7 @@ def test_the_stated_rate_holds_on_new_data() -> None:
     future = drawn(20000, seed=1)
     covered = 0
     for seed in range(100):
-        found = calibrated({"evil": drawn(400, seed=100 + seed)}, SITES, percentile=95)
+        found = alarm_levels({"evil": drawn(400, seed=100 + seed)}, SITES, percentile=95)
         for level, row in zip(found.levels, future, strict=True):
             true = float((row > level.threshold.high).double().mean())
             covered += level.interval.low <= true <= level.interval.high
@@ -29,7 +29,7 @@ def test_the_stated_rate_holds_on_new_data() -> None:
 
 
 def test_levels_go_straight_into_an_alarm_bell() -> None:
-    found = calibrated(
+    found = alarm_levels(
         {"evil": drawn(200, 3), "humor": drawn(200, 4) + 5}, SITES, percentile=90, low_percentile=50
     )
     bell = AlarmBell(found.alarms, ["evil", "humor"], SITES)
@@ -40,7 +40,7 @@ def test_levels_go_straight_into_an_alarm_bell() -> None:
     assert found.levels[1].threshold.low is not None
     assert found.levels[1].threshold.low < high
     assert [str(one.site) for one in found.at(2).levels] == ["resid_post.2"] * 2
-    with pytest.raises(StatisticsError, match=r"got resid_post.1; this calibration has"):
+    with pytest.raises(StatisticsError, match=r"got resid_post.1; these levels are for"):
         found.at(1)
 
 
@@ -56,4 +56,4 @@ def test_levels_go_straight_into_an_alarm_bell() -> None:
 )
 def test_too_little_or_broken_data_is_refused(values, settings, text) -> None:
     with pytest.raises(StatisticsError, match=text):
-        calibrated({"evil": values}, SITES, **settings)
+        alarm_levels({"evil": values}, SITES, **settings)

@@ -115,7 +115,8 @@ def joint_inverse(
     condition = float(torch.linalg.cond(gram))
     if not condition < 1 / torch.finfo(torch.float64).eps:
         return torch.full_like(gram, torch.nan), float("inf")
-    return torch.linalg.inv(gram), condition
+    # In rows: sums over a matrix that lies in columns are made in another order.
+    return torch.linalg.inv(gram).contiguous(), condition
 
 
 def _wanted_change(step: AblateStep | CapStep, now: Tensor) -> Tensor:
