@@ -5,6 +5,8 @@ from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
 from pvcore.alarms import Alarm as Alarm
 from pvcore.alarms import Threshold as Threshold
+from pvcore.calibration import Calibration as Calibration
+from pvcore.calibration import calibrate as calibrate
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
 from pvcore.conditions import Above as Above

@@ -83,3 +83,15 @@ class StatisticsError(PvcoreError):
 
 class ExportError(PvcoreError):
     """What was seen cannot be written where, or as, it was asked for."""
+
+
+class CalibrationError(PvcoreError):
+    """A calibration that cannot be made, or that a vector does not have."""
+
+
+class WorkError(PvcoreError):
+    """A work folder that belongs to another run, or that cannot be used."""
+
+
+class SelectionError(PvcoreError):
+    """A steering sweep in which there is nothing to choose."""

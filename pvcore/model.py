@@ -237,7 +237,8 @@ class HookedModel:
         `[site, chat, pos, d_model]`, `moments` a running mean and variance over all span tokens.
         Values show what flows on after armed interventions; `before=True` what they were given.
         """
-        reading = self._reading(chats, sites, span, reduce, batch_size, before)
+        wanted = [(span, reduce)]
+        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
         return collect(reading, progress=progress)
 
     def read_batches(
@@ -251,29 +252,51 @@ class HookedModel:
         before: bool = False,
     ) -> Iterator[tuple[list[int], Activations]]:
         """Like `read`, one length bucket at a time: chat indices and their activations."""
-        return self._reading(chats, sites, span, reduce, batch_size, before).run()
+        wanted = [(span, reduce)]
+        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
+        return ((chosen, only) for chosen, (only,) in reading.run())
+
+    def read_spans(
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        sites: Sequence[int | Site],
+        spans: Sequence[tuple[Span | str, Reduction | str]],
+        batch_size: int = 16,
+        first_batch: int = 0,
+    ) -> Iterator[tuple[list[int], tuple[Activations, ...]]]:
+        """Like `read_batches` for several spans, each with its reduction, of one and the same
+        forward.
+
+        `encoded` is what `encode` gave. The first so many batches can be left out.
+        """
+        return self._reading(encoded, sites, spans, batch_size, False, first_batch).run()
+
+    def encode(self, chats: Chats) -> list[Encoded]:
+        """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
+        return self._encoded(chats)
 
     def _reading(
         self,
-        chats: Chats,
+        encoded: Sequence[Encoded],
         sites: Sequence[int | Site],
-        span: Span | str,
-        reduce: Reduction | str,
+        spans: Sequence[tuple[Span | str, Reduction | str]],
         batch_size: int,
         before: bool,
+        first_batch: int = 0,
     ) -> Reading:
         self._tracing.refuse_inside("a read")
         return Reading(
             hf=self.hf,
             taps=self._taps,
-            encoded=self._encoded(chats),
+            encoded=encoded,
             sites=as_sites(sites),
-            span=check_span(span),
-            reduce=check_reduction(reduce),
+            spans=tuple((check_span(span), check_reduction(reduce)) for span, reduce in spans),
             batch_size=batch_size,
             before=before,
             pad_id=chat_ids.pad_id(self.tokenizer),
             device=self.device,
+            first_batch=first_batch,
         )
 
     def _encoded(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:

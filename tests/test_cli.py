@@ -34,8 +34,12 @@ OPTIONS = {
     | {"--monitoring-questions", "--max-new-tokens", "--batch-size", "--rounds", "--seed"},
     "extract": LOADING
     | {"model", "trait", "--out", "--judge", "--layers", "--questions", "--rollouts"}
-    | {"--threshold", "--max-new-tokens", "--batch-size", "--seed", "--json"},
-    "steer": LOADING | REPLYING | {"model", "prompts", "--vector", "--coeff", "--layers", "--json"},
+    | {"--threshold", "--max-new-tokens", "--batch-size", "--seed", "--json", "--temperature"}
+    | {"--judge-url", "--writer", "--writer-url", "--work", "--resamples", "--variants", "--select"}
+    | {"--coefficients", "--floor", "--neutral", "--compare", "--report"},
+    "steer": LOADING
+    | REPLYING
+    | {"model", "prompts", "--vector", "--coeff", "--layers", "--incremental", "--json"},
     "monitor": LOADING | REPLYING | {"model", "prompts", "--vector", "--layers", "--json"},
     "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
     | {"--layers", "--n-layers", "--experiment", "--json"},
