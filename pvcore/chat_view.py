@@ -15,7 +15,8 @@ from pvcore.sites import Site, as_sites
 from pvcore.token_colours import ReportError, Scale, legend_html, text_html, token_html
 from pvcore.transcripts import Reply, Transcript
 
-_UNITS = "Projections are `<h, v/|v|>`, in units of the residual, at each token's own position."
+# Single tokens with massive activations would leave all others without colour.
+FULL_COLOUR = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +131,13 @@ def chat_view(
     }
     return Page(
         title=title,
-        lead=f"{len(transcripts)} conversations, coloured by projection at {chosen}.",
+        lead=f"{len(transcripts)} conversations. Colours are projections <h, v/|v|> at {chosen}, "
+        "in units of the residual, at each token's own position. A triangle follows the token whose "
+        "projection set off an alarm.",
         sections=[
             _section(count, one, chosen, scales, levels or {})
             for count, one in enumerate(transcripts, 1)
         ],
-        footer=_UNITS,
     )
 
 
@@ -162,16 +164,17 @@ def _section(
     columns = ["trait", "before the reply", "mean", "highest", "last", "first alarm at step"]
     if rows:
         blocks.append(Table(columns=columns, rows=rows))
-    return Section(title=f"Conversation {count}", text=_UNITS, blocks=blocks)  # type: ignore[arg-type]
+    return Section(title=f"Conversation {count}", blocks=blocks)  # type: ignore[arg-type]
 
 
 def _scale_of(rows: Sequence[Sequence[float]]) -> Scale:
-    """No colour at the median, full colour at what lies farthest from it."""
+    """No colour at the median, full colour at the 95th percentile of what lies away from it."""
     known = [value for row in rows for value in row if not isnan(value)]
     if not known:
         return Scale()
     centre = median(known)
-    return Scale(centre=centre, reach=max(abs(value - centre) for value in known) or 1.0)
+    away = sorted(abs(value - centre) for value in known)
+    return Scale(centre=centre, reach=away[int(FULL_COLOUR * (len(away) - 1))] or 1.0)
 
 
 def _bell(alarm: Alarm | None) -> str:

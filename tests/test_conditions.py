@@ -175,7 +175,7 @@ def test_a_condition_sees_what_the_steps_before_it_left() -> None:
         with found.model.steer(*steps):
             ends[name] = last_scores(found, two, site)
     assert ends["after"].abs().max() < BOUND
-    assert torch.equal(ends["before"], ends["push"])
+    assert worst(ends["before"], ends["push"]) < BOUND
     assert ends["push"].abs().min() > VISIBLE
 
 
