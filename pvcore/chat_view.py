@@ -132,8 +132,8 @@ def chat_view(
     return Page(
         title=title,
         lead=f"{len(transcripts)} conversations. Colours are projections <h, v/|v|> at {chosen}, "
-        "in units of the residual, at each token's own position. A triangle follows the token whose "
-        "projection set off an alarm.",
+        "in units of the residual, at each token's own position. A triangle follows the token "
+        "whose projection set off an alarm.",
         sections=[
             _section(count, one, chosen, scales, levels or {})
             for count, one in enumerate(transcripts, 1)

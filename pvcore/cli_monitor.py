@@ -84,7 +84,7 @@ def monitor(
         raise ChatError("got no chats; give user messages as arguments, or --chats FILE.jsonl")
     bank = VectorBank(vectors_at(vector), layers=split_list(layers, int))
     watcher = Monitor(model_of(model, dtype, device), bank, engine=engine, **rules)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     found = _watched(watcher, given, batch_size, seed, settings)

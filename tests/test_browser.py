@@ -18,6 +18,7 @@ from pvcore.chat_view import chat_view
 from pvcore.cli_shift import _page as shift_page
 from pvcore.palette import NEGATIVE, POSITIVE, SURFACE, TRAITS, Colour
 from pvcore.shift import FinetuningShift
+from pvcore.transcripts import Reply, Transcript
 from pvcore.world.demo_report import page as demo_page
 from tests.demo_sample import sample
 from tests.test_exports import transcript
@@ -75,19 +76,41 @@ def tinted(pixels: Pixels, colour: Colour, *, dark: bool = False) -> int:
     return int(((share > 0.25) & (share < 0.9) & (off < 6)).sum())
 
 
+def wide(seed: int = 0) -> Transcript:
+    """A conversation whose tokens are long enough to see, low, middling and high in turn."""
+    tokens = ("downwards ", "middle ", "upwards ") * 4
+    values = torch.tensor([-4.0, 0.0, 4.0] * 4) + 0.01 * seed
+    one = Reply(
+        message=1,
+        tokens=tokens,
+        before=torch.zeros(2, 1),
+        projections=torch.stack([values, values.roll(1) + 2.0])[:, None],
+    )
+    return Transcript(
+        messages=(
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "".join(tokens)},
+        ),
+        replies=(one,),
+        traits=("evil", "humor"),
+        sites=(pv.resid_post(2),),
+    )
+
+
 def without_figures(html: str) -> str:
     return re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_chat_view_shows_colours_and_the_drift(look: Look, dark: bool) -> None:
-    html = report.render(chat_view([transcript(), transcript(seed=5)], levels={"evil": 0.5}))
+    html = report.render(chat_view([wide(), wide(5)], levels={"evil": 0.5}))
+    html = html.replace("<i></i>", "")  # the legend's own gradient
     pixels = look(html, dark=dark)
     corner = pixels[5, 5].sum()
     assert (corner < 150) == dark
     assert of_colour(pixels, TRAITS["evil"], dark=dark) > 300
-    assert tinted(pixels, POSITIVE, dark=dark) > 100
-    assert tinted(pixels, NEGATIVE, dark=dark) > 100
+    assert tinted(pixels, POSITIVE, dark=dark) > 3000
+    assert tinted(pixels, NEGATIVE, dark=dark) > 3000
     plain = look(re.sub(r"--a:[0-9.]+", "--a:0", html), dark=dark)
     assert tinted(plain, POSITIVE, dark=dark) < 0.5 * tinted(pixels, POSITIVE, dark=dark)
     bare = look(without_figures(html), dark=dark)
@@ -97,7 +120,7 @@ def test_the_chat_view_shows_colours_and_the_drift(look: Look, dark: bool) -> No
 
 
 def test_switching_the_trait_recolours_the_text(look: Look) -> None:
-    html = report.render(chat_view([transcript()]))
+    html = report.render(chat_view([wide()]))
     first = look(html, height=600)
     switched = html.replace('id="chat-0-0" checked', 'id="chat-0-0"').replace(
         'id="chat-0-1"', 'id="chat-0-1" checked'
