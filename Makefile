@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench report test-browser test-triton-3.6.0 test-gpu bench-gpu
+.PHONY: demo test check bench report test-browser test-triton-3.6.0 test-gpu bench-gpu tune-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -40,6 +40,10 @@ test-gpu:
 
 bench-gpu:
 	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_kernels
+
+# Writes kernels/pvcore_kernels/tuned/<this GPU>.json.
+tune-gpu:
+	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_tune
 
 # For a GPU machine without a network that has torch, Triton and transformers: copy the folder there.
 gpu-wheels:

@@ -56,8 +56,15 @@ class _Newest:
 
     def close(self, call: Call, outcome: Outcome | None) -> None: ...
 
-    def newest(self) -> Float[Tensor, "site batch n_vec"]:
-        return torch.stack([self.scores[site].cpu() for site in self._sites])
+    def take(self) -> Float[Tensor, "site batch n_vec"]:
+        """The scores of the forward just made, once."""
+        scores, self.scores = self.scores, {}
+        if len(scores) < len(self._sites):
+            raise HookError(
+                "got a token whose forward did not come past all sites of the bank; give "
+                "generate() the model that the streamer was made for, compiled after it was hooked"
+            )
+        return torch.stack([scores[site].cpu() for site in self._sites])
 
 
 class ProjectionStreamer:
@@ -95,7 +102,7 @@ class ProjectionStreamer:
             self._begin(value)
             return
         token = value.reshape(-1).cpu()
-        scores = self._reader.newest()
+        scores = self._reader.take()
         step = Step(
             text=[self._pieces.push(int(token[0]))],
             token_ids=token,

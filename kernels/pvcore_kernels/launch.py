@@ -1,6 +1,8 @@
 """Which tile an op is launched with: read from tuned/*.json, never searched for at run time."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,16 +73,42 @@ def rows_class(rows: int) -> int:
     return 16 if rows <= 16 else 256 if rows <= 256 else 1 << 31
 
 
-@cache
-def _find(name: str, op: str, width: Width, rows: int, n_vec: int) -> Launch:
-    for entry in table(name)["ops"][op]:
+def entry_for(
+    entries: Sequence[Mapping[str, Any]], *, width: Width, rows: int, n_vec: int
+) -> Mapping[str, Any] | None:
+    """The first entry that covers these rows and vectors."""
+    for entry in entries:
         fits = entry["width"] == width and rows <= (entry["rows"] or 1 << 31)
         if fits and n_vec <= (entry["n_vec"] or 1 << 31):
-            tile = {field: entry[field] for field in Launch.__dataclass_fields__}
-            return Launch(**tile)
-    raise LookupError(f"tuned/{name}.json has no entry for {op}, {width}, {rows} rows, {n_vec}.")
+            return entry
+    return None
+
+
+@cache
+def _find(name: str, op: str, width: Width, rows: int, n_vec: int) -> Launch:
+    entry = entry_for(table(name)["ops"][op], width=width, rows=rows, n_vec=n_vec)
+    if entry is None:
+        raise LookupError(f"tuned/{name}.json has no entry for {op}, {width}, {rows}, {n_vec}.")
+    return Launch(**{field: entry[field] for field in Launch.__dataclass_fields__})
+
+
+_TRIED: dict[str, Launch] = {}
+
+
+@contextmanager
+def trying(op: str, tile: Launch) -> Iterator[None]:
+    """Launch `op` with this tile inside the block, in every thread: for the one who tunes."""
+    before = dict(_TRIED)
+    _TRIED[op] = tile
+    try:
+        yield
+    finally:
+        _TRIED.clear()
+        _TRIED.update(before)
 
 
 def launch(op: str, device: torch.device, *, width: Width, rows: int, n_vec: int) -> Launch:
     """The first entry of the device's table that covers these rows and vectors."""
+    if op in _TRIED:
+        return _TRIED[op]
     return _find(device_table(device), op, width, rows_class(rows), n_vec)

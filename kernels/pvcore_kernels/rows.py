@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pvcore_kernels.reference import accumulator
 
+# Up to here a walk over the rows is cheaper than asking torch whether they are all alike.
+FEW = 32
 # Rows converted at a time: a scratch that stays in the cache, instead of a float32 copy of `h`.
 BLOCK = 256
 ADD_BLOCK = 32
@@ -86,6 +88,10 @@ def steer_into(
 
 def _runs(row: Int[Tensor, " t"]) -> list[tuple[int, int]]:
     """Neighbouring rows of one request, as requests and lengths; Python's loop wins on few rows."""
+    if len(row) > FEW:
+        low, high = row.aminmax()
+        if (request := int(low)) == int(high):
+            return [(request, len(row))]
     if len(row) <= BLOCK:
         return [(request, len(list(same))) for request, same in groupby(row.tolist())]
     requests, lengths = torch.unique_consecutive(row, return_counts=True)
