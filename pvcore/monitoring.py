@@ -1,6 +1,7 @@
 """Monitor: conversations watched on a bank of vectors, as they are written or after the fact."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from pvcore.chats import Chats, as_chats
 from pvcore.conversations import Conversation, located
 from pvcore.errors import ChatError
 from pvcore.graph import Engine, Graph
-from pvcore.guards import Guard, Reaction, Rules, Standby
+from pvcore.guards import Reaction, Rules, Standby
 from pvcore.model import HookedModel
-from pvcore.monitor import Seen
+from pvcore.monitor import Seen, TraitScores
 from pvcore.numerals import Number
 from pvcore.plan import Plan
 from pvcore.stream import Step
@@ -60,10 +61,15 @@ class Monitor:
         given = [self._located(chat, for_generation=True) for chat in as_chats(chats)]
         with self.model.monitor(self.bank, **self._rules) as seen:
             sequences = self.model.generate_ids(chats, engine=self.engine, **settings)
-        copies = len(sequences) // len(given)
-        return [
-            self._answered(given[row // copies], row, ids.tolist(), seen)
+        copies, tables = len(sequences) // len(given), _tables(seen)
+        made = [
+            self._answered(given[row // copies], row, ids.tolist(), tables)
             for row, ids in enumerate(sequences)
+        ]
+        alarms = seen.alarms
+        return [
+            replace(one, alarms=tuple(alarm for alarm in alarms if alarm.chat == row))
+            for row, one in enumerate(made)
         ]
 
     def stream(self, chats: Chats, **settings: Any) -> Iterator[Step]:
@@ -85,8 +91,9 @@ class Monitor:
                 reduce="last",
                 batch_size=batch_size,
             )
+        tables = _tables(seen)
         return [
-            self._transcript(one, _every_token(seen, chat, len(one.ids)))
+            self._transcript(one, _every_token(tables, chat, len(one.ids)))
             for chat, one in enumerate(given)
         ]
 
@@ -95,8 +102,8 @@ class Monitor:
     ) -> AlarmLevels:
         """Alarm levels that neutral conversations stay below: see `pvcore.thresholds.alarm_levels`.
 
-        A conversation counts with its highest projection over all replies, since one token is
-        enough to ring. `StatisticsError` for fewer than 20 conversations.
+        A conversation counts with its highest projection over all replies and the tokens before
+        them, since one is enough to ring. `StatisticsError` for fewer than 20 conversations.
         """
         read = self.read(neutral, batch_size=batch_size)
         highest = torch.stack(
@@ -127,10 +134,12 @@ class Monitor:
         settings = {"messages": one.messages, "replies": tuple(replies), **more}
         return Transcript(traits=tuple(self.bank.traits), sites=self.bank.sites, **settings)
 
-    def _answered(self, one: Conversation, row: int, ids: Sequence[int], seen: Guard) -> Transcript:
+    def _answered(
+        self, one: Conversation, row: int, ids: Sequence[int], tables: Sequence[TraitScores]
+    ) -> Transcript:
         """A transcript with the reply just made: its text ends before the end token."""
-        prompt = torch.stack([seen[trait].prompt[:, :, row].T for trait in seen.traits])
-        steps = torch.stack([seen[trait].steps[:, :, row].T for trait in seen.traits])
+        prompt = torch.stack([table.prompt[:, :, row].T for table in tables])
+        steps = torch.stack([table.steps[:, :, row].T for table in tables])
         special = set(getattr(self.model.tokenizer, "all_special_ids", ()))
         text_ids = ids[:-1] if ids and ids[-1] in special else ids
         # The position of token t produced token t + 1; the last token's was not always reached.
@@ -149,15 +158,18 @@ class Monitor:
             replies=(*before.replies, reply),
             traits=before.traits,
             sites=before.sites,
-            alarms=tuple(alarm for alarm in seen.alarms if alarm.chat == row),
         )
 
 
-def _every_token(seen: Seen, chat: int, count: int) -> Tensor:
+def _tables(seen: Seen) -> list[TraitScores]:
+    """The scores of every trait, put together once."""
+    return [seen[trait] for trait in seen.traits]
+
+
+def _every_token(tables: Sequence[TraitScores], chat: int, count: int) -> Tensor:
     """Scores `[trait, layer, token]` of all tokens of one chat that was read."""
     rows = []
-    for trait in seen.traits:
-        scores = seen[trait]
+    for scores in tables:
         prompt = scores.prompt[:, :, chat]
         prompt = prompt[: int((~prompt.isnan().any(1)).sum())]
         rows.append(torch.cat([prompt, scores.steps[1 : count - len(prompt) + 1, :, chat]]).T)
@@ -168,5 +180,6 @@ def _highest(one: Transcript, n_traits: int, n_sites: int) -> Tensor:
     """The highest projections `[trait, layer]` over all replies; NaN without one."""
     if not one.replies:
         return torch.full((n_traits, n_sites), torch.nan)
-    every = torch.cat([reply.projections for reply in one.replies], dim=-1)
+    parts = [part for reply in one.replies for part in (reply.before[..., None], reply.projections)]
+    every = torch.cat(parts, dim=-1)
     return every.nan_to_num(nan=-torch.inf).amax(-1).masked_fill(every.isnan().all(-1), torch.nan)

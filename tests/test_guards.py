@@ -1,6 +1,7 @@
 """Reactions to alarms act on the row that rang, from its next token on, in both engines."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -333,3 +334,43 @@ def test_rules_that_cannot_come_into_force_are_refused() -> None:
     beams = model.monitor(BANK, alarms={"probe": 0.0}, on_alarm="stop")
     with pytest.raises(PlanError, match="got beams under a monitor that acts"), beams:
         model.generate_ids(ROWS, max_new_tokens=3, num_beams=2)
+
+
+def test_threads_on_one_model_keep_their_alarms_and_levels_apart() -> None:
+    found, settings = subject("qwen2"), {"max_new_tokens": NEW, "do_sample": False}
+    high = threshold_of(found)
+    jobs = [
+        (high, pv.Add(ONE, coeff=-1.5)),
+        (high - 0.2, pv.Add(TWO, coeff=2.0)),
+        (1e6, pv.Ablate(ONE)),
+        (high, pv.Cap(THREE, max=-1.0)),
+    ]
+
+    def work(job: tuple[float, Any]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        guarded = found.model.monitor(BANK, alarms={"probe": job[0]}, on_alarm=job[1])
+        with guarded as seen, torch.no_grad():
+            ids = found.model.generate_ids(ROWS, **settings)
+        return [row.tolist() for row in ids], [(a.chat, a.step) for a in seen.alarms]
+
+    alone = [work(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, jobs * 3))
+    assert together == alone * 3
+    assert len({str(one) for one in alone}) == 4
+
+
+def test_an_error_in_a_reaction_ends_the_generation_and_leaves_nothing() -> None:
+    found, settings = fresh("qwen2"), {"max_new_tokens": NEW, "do_sample": False}
+    plain = found.model.generate_ids(ROWS, **settings)
+
+    def fail(alarm: pv.Alarm, controls: pv.Controls) -> None:
+        controls.set(strong)
+        raise RuntimeError("out of order")
+
+    strong = pv.Add(ONE, coeff=9.0)
+    for engine in ("eager", GRAPH):
+        guarded = found.model.monitor(BANK, alarms={"probe": -1e6}, on_alarm=fail, standby=[strong])
+        with pytest.raises(RuntimeError, match="out of order"), guarded:
+            found.model.generate_ids(ROWS, engine=engine, **settings)
+        after = found.model.generate_ids(ROWS, engine=engine, **settings)
+        assert all(map(torch.equal, after, plain))

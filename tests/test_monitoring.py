@@ -147,7 +147,12 @@ def neutral_chats(count: int) -> list[list[dict[str, str]]]:
 def test_calibrated_alarms_are_percentiles_of_the_highest_tokens() -> None:
     monitor = pv.Monitor(subject("qwen2").model, BANK)
     chats = neutral_chats(60)
-    highest = torch.stack([one.replies[0].projections.amax(-1) for one in monitor.read(chats)])
+    highest = torch.stack(
+        [
+            torch.maximum(one.replies[0].projections.amax(-1), one.replies[0].before)
+            for one in monitor.read(chats)
+        ]
+    )
     found = monitor.alarm_levels(chats, percentile=80)
     assert len(found.levels) == 4
     for level in found.levels:
