@@ -15,6 +15,7 @@ from pvcore.errors import PlanError
 from pvcore.frames import Call, Outcome
 from pvcore.interventions import Ablate, Add, Cap, Intervention
 from pvcore.monitor import Seen
+from pvcore.plan import Plan
 from pvcore.vectors import VectorBank
 
 Standby = Sequence[Intervention] | Mapping[Intervention, int | float]
@@ -60,6 +61,8 @@ class Rules:
         standby: Standby,
     ) -> "Rules":
         """Checked rules; `PlanError` for what could never come into force."""
+        if bank is not None:
+            Plan(monitor=bank)  # refuses what is no bank
         waiting = dict(standby) if isinstance(standby, Mapping) else dict.fromkeys(standby, 0.0)
         react: Callable[[Alarm, Controls], None] | None
         if on_alarm == "stop":

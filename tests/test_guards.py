@@ -16,7 +16,7 @@ from tests.test_alarms import crossings
 from tests.test_graph import GRAPH, Counting
 from tests.test_steering_matrix import scores_of
 
-NAMES = ("qwen2", "llama", "gemma2", "gpt2")
+NAMES = ("qwen2", "gemma2", "gpt2")
 WAYS: dict[str, dict[str, Any]] = {
     "cached": {},
     "uncached": {"use_cache": False},
@@ -151,8 +151,10 @@ def test_an_armed_intervention_acts_from_the_next_token_on(name: str, kind: str,
     assert all(worst(wanted[..., chat], base[..., chat]) < BOUND for chat in quiet)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in NAMES for way in WAYS if way != "graph" or name == "gpt2"],
+)
 def test_a_stopped_reply_ends_with_the_token_that_rang(name: str, way: str) -> None:
     found = subject(name)
     high = threshold_of(found)
