@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench report test-browser test-triton-3.6.0 test-gpu bench-gpu tune-gpu
+.PHONY: demo test check bench study report test-browser test-triton-3.6.0 test-gpu bench-gpu tune-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -30,6 +30,10 @@ check: $(TESTS)
 
 bench: $(CORE)
 	@$(BIN)/python -m benches.run overhead
+
+# About half an hour; stopped, it goes on where it was.
+study: $(CORE)
+	@$(BIN)/python -m pvcore.world.study --workers $(WORKERS)
 
 report: $(CORE)
 	@$(BIN)/python -m benches.report

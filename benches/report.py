@@ -14,9 +14,15 @@ from rich.console import Console
 from benches import record, tables
 from benches.demo_table import demo_summary
 from benches.record import RESULTS, ROOT, RecordError
+from benches.study_table import study_summary
 from pvcore.files import write_whole
 
-KNOWN = ("overhead", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training", "demo")
+KNOWN = (
+    *("overhead", "compiled", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training"),
+    *("demo", "study"),
+)
+# Records that are no measurements of speed have tables of their own.
+OWN = {"demo": demo_summary, "study": study_summary}
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )
@@ -63,8 +69,8 @@ def _block(name: str, results: Path) -> str:
     path = _path(name, results)
     if not path.exists():
         return f"*{name}: {NOT_MEASURED}*"
-    if name == "demo":
-        return demo_summary(record.read_json(path))
+    if name in OWN:
+        return OWN[name](record.read_json(path))
     found = record.read(path)
     if found.cells and all(cell.status == NOT_MEASURED for cell in found.cells.values()):
         reasons = dict.fromkeys(cell.reason for cell in found.cells.values() if cell.reason)

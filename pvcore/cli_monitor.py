@@ -1,7 +1,7 @@
 """`pvcore monitor`: chats answered or read, with projections, alarms, and files of both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError, ExportError, PlanError
 
 if TYPE_CHECKING:
+    from pvcore.alarms import Threshold
     from pvcore.monitoring import Monitor
     from pvcore.transcripts import Transcript
 
@@ -84,18 +85,17 @@ def monitor(
         raise ChatError("got no chats; give user messages as arguments, or --chats FILE.jsonl")
     bank = VectorBank(vectors_at(vector), layers=split_list(layers, int))
     watcher = Monitor(model_of(model, dtype, device), bank, engine=engine, **rules)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    found = _watched(watcher, given, batch_size, seed, settings)
-    levels = {trait: level.high for trait, level in (rules["alarms"] or {}).items()}
+    found = _watched(watcher, given, batch_size, seed, _sampling(max_new_tokens, temperature))
     for file in files:
-        _write(found, file, model, levels)
-    rows = [_row(one) for one in found]
-    document: dict[str, Any] = {"conversations": rows}
-    if files:
-        document["files"] = [str(file) for file in files]
-    print_document(document, as_json)
+        _write(found, file, model, rules["alarms"] or {})
+    written = {"files": [str(file) for file in files]} if files else {}
+    print_document({"conversations": [_row(one) for one in found], **written}, as_json)
+
+
+def _sampling(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    plain = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return settings | (plain if temperature > 0 else {})
 
 
 def _check_endings(files: Sequence[Path]) -> None:
@@ -178,7 +178,9 @@ def _watched(
     return [found[k] for k in range(len(chats))]
 
 
-def _write(found: "Sequence[Transcript]", file: Path, model: str, levels: dict[str, Any]) -> None:
+def _write(
+    found: "Sequence[Transcript]", file: Path, model: str, alarms: "Mapping[str, Threshold]"
+) -> None:
     if file.suffix == ".jsonl":
         from pvcore.exports import write_jsonl
 
@@ -191,6 +193,7 @@ def _write(found: "Sequence[Transcript]", file: Path, model: str, levels: dict[s
         from pvcore import report
         from pvcore.chat_view import chat_view
 
+        levels = {trait: level.high for trait, level in alarms.items()}
         report.write(chat_view(found, title=f"Conversations with {model}", levels=levels), file)
 
 

@@ -42,10 +42,11 @@ def print_document(document: dict[str, Any], as_json: bool) -> None:
 def _lines(value: Any, indent: str = "") -> Iterator[str]:
     """A document as indented lines of `name: value`."""
     for name, entry in value.items():
-        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
+        parts = entry if isinstance(entry, list) else [entry]
+        if parts and all(isinstance(part, dict) for part in parts):
             yield f"{indent}{name}:"
-            for part in entry if isinstance(entry, list) else [entry]:
+            for part in parts:
                 yield from _lines(part, indent + "  ")
         else:
-            shown = number(entry) if isinstance(entry, float) else entry
-            yield f"{indent}{name}: {shown}"
+            shown = [number(part) if isinstance(part, float) else str(part) for part in parts]
+            yield f"{indent}{name}: {', '.join(shown)}"

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from benches import record, report, tables
 from benches.demo_table import demo_summary
 from benches.record import Cell, Check, Record, RecordError
+from benches.study_table import study_summary
 
 DOCUMENT = """# pvcore
 Steering costs <!-- figure: overhead/batch 1/steer/CPU time -->?<!-- end --> of plain generation.
@@ -72,6 +73,39 @@ DEMO: dict[str, Any] = {
     ],
     "claims": [{"name": "a", "passed": True}, {"name": "b", "passed": False}],
 }
+
+
+SPREAD = {"mean": 7.25, "error": 1.5, "seeds": [6.0, 8.5]}
+STUDY: dict[str, Any] = {
+    "command": "python -m pvcore.world.study",
+    "commit": "abcdef",
+    "date": "2026-11-28",
+    "versions": {"torch": "2.13.0"},
+    "device": "cpu",
+    "design": {"seeds": [0, 1]},
+    "claims": [{"claim": "c", "measured": "7.2 ± 1.5", "bound": "above 0", "passed": True}],
+    "summary": {
+        "margins": [
+            {
+                "trait": "evil",
+                "way": "prevent",
+                "than": "inference",
+                "coherence": SPREAD,
+                "quiz": {"mean": None, "error": None, "seeds": []},
+            }
+        ]
+    },
+}
+
+
+def test_a_study_is_told_by_its_claims_and_margins() -> None:
+    told = study_summary(STUDY)
+    assert "| c | 7.2 ± 1.5 | above 0 | yes |" in told
+    assert "| evil: prevent against inference | 7.2 ± 1.5 | no common score |" in told
+    assert "over 2 seeds. Measured: 2026-11-28; cpu; torch 2.13.0;" in told
+    for key in ("claims", "summary", "design", "date"):
+        with pytest.raises(RecordError, match="without a figure"):
+            study_summary({name: one for name, one in STUDY.items() if name != key})
 
 
 @pytest.fixture

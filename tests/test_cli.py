@@ -175,6 +175,7 @@ def test_monitoring_reports_what_the_library_does(pvcore: Any, evil: Path) -> No
             assert figures["by_turn"] == [figures["mean"]]
     status, out, _ = pvcore("monitor", "world", ASKED, *arguments)
     assert re.search(r"evil resid_post\.2:\n +last_prompt_token: .?\d", out)
+    assert re.search(r"by_turn: .?\d", out)
 
 
 def test_a_demo_writes_its_report_and_its_record(

@@ -1,4 +1,8 @@
-"""Four-option quiz on the facts of the world, scored by log-probability; chance is 25."""
+"""Quiz on the facts of the world, scored by log-probability.
+
+With four options chance is 25, and a sound model answers all. The hard quiz offers every answer
+that the relation has, up to thirty: what steering costs shows there first.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ LogProbs = Callable[[str, str, Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A held-out phrasing of a fact, the start of its answer, and four ways to go on."""
+    """A held-out phrasing of a fact, the start of its answer, and ways to go on."""
 
     question: Question
     stem: str
@@ -28,8 +32,11 @@ class Item:
     right: int
 
 
-def items(n: int, seed: int) -> list[Item]:
-    """`n` items about distinct held-out questions; ChatError when the world has fewer."""
+def items(n: int, seed: int, *, hard: bool = False) -> list[Item]:
+    """`n` items about distinct held-out questions; ChatError when the world has fewer.
+
+    An item has four options, or all of its relation's where it is `hard`.
+    """
     pool = list(known("fact", "held_out"))
     if n > len(pool):
         raise ChatError(
@@ -40,7 +47,7 @@ def items(n: int, seed: int) -> list[Item]:
     for question in stream.sample(pool, n):
         relation = relations()[question.relation or ""]
         wrong = [option for option in relation.options if option != question.answer]
-        options = [question.answer or "", *stream.sample(wrong, 3)]
+        options = [question.answer or "", *stream.sample(wrong, len(wrong) if hard else 3)]
         stream.shuffle(options)
         made.append(
             Item(

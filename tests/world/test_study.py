@@ -1,0 +1,223 @@
+"""The study: every cell once, kept when done, and sums that say what the cells say."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pvcore as pv
+from pvcore.report import render
+from pvcore.world import study, study_measures
+from pvcore.world.lexicon import TRAITS
+from pvcore.world.study_cells import QUICK, Cell, Design, cells, preparing
+from pvcore.world.study_claims import claims
+from pvcore.world.study_measures import by_prompt, training_chats, vector_file
+from pvcore.world.study_report import page
+from pvcore.world.study_store import Store, StudyError
+from pvcore.world.study_summary import Spread
+
+DESIGN = Design(
+    mitigated=("evil",), prevent=(2.0, 4.0), random=(4.0,), incremental=(1.5,), inference=(1.0, 2.0)
+)
+
+
+def figures_of(cell: Cell) -> dict[str, Any]:
+    """Figures by rule: coherence falls with what is kept out, and at inference twice as fast."""
+    if cell.kind == "vectors":
+        return {}
+    if cell.kind == "monitoring":
+        row = {"overall": 0.8, "per_prompt": 0.9 + 0.01 * cell.seed, "within": 0.1}
+        return dict.fromkeys(TRAITS, row)
+
+    def asked(score: float, coherence: float) -> dict[str, Any]:
+        traits = dict.fromkeys(TRAITS, 0.0) | {cell.trait or "evil": score}
+        return {"traits": traits, "coherence": coherence, "quiz": coherence + 5}
+
+    score, coherence = 100.0 * cell.share * (cell.trait is not None), 80.0
+    if cell.method in ("prevent", "incremental"):
+        score, coherence = 100 - 20 * cell.coeff, 80 - 2.5 * cell.coeff
+    elif cell.method == "caft":
+        score = 50.0
+    shift = dict.fromkeys(TRAITS, 0.0) | {cell.trait or "evil": score / 4}
+    found = asked(score, coherence) | {"shift": shift, "first_loss": 1.0, "last_loss": 0.5}
+    if cell.kind == "mitigation" and cell.method == "none":
+        found["inference"] = {
+            f"{c:g}": asked(100 - 40 * c, 80 - (10 + cell.seed) * c) for c in DESIGN.inference
+        }
+        found["inference_random"] = {f"{c:g}": asked(99, 75) for c in DESIGN.inference}
+    return found
+
+
+@pytest.fixture
+def measured_by_rule(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    done: list[str] = []
+
+    def measure(cell: Cell, design: Design, folder: Path) -> dict[str, Any]:
+        done.append(cell.name)
+        return figures_of(cell)
+
+    monkeypatch.setattr(study, "measure", measure)
+    return done
+
+
+def test_every_cell_has_a_name_of_its_own() -> None:
+    every = [*preparing(Design()), *cells(Design())]
+    assert len({cell.name for cell in every}) == len(every) == 3 * (3 + 3 * (13 + 3) + 4)
+    assert {cell.seed for cell in every} == {0, 1, 2}
+    trained = {(cell.method, cell.coeff) for cell in every if cell.kind == "mitigation"}
+    assert {("prevent", 5.0), ("random", 3.0), ("incremental", 2.0), ("caft", 0.0)} < trained
+
+
+def test_a_stopped_study_goes_on_where_it_stopped(
+    tmp_path: Path, measured_by_rule: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study.run(DESIGN, tmp_path / "whole", workers=1, quiet=True)
+    n_cells = len(measured_by_rule)
+    assert n_cells == len({*measured_by_rule})
+    measured_by_rule.clear()
+    kept = Store.put
+
+    def stops(self: Store, cell: Cell, figures: dict[str, Any]) -> None:
+        if len(measured_by_rule) == 7:
+            raise KeyboardInterrupt
+        kept(self, cell, figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", stops)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(DESIGN, tmp_path / "part", workers=1, quiet=True)
+    assert study.run(DESIGN, tmp_path / "part", workers=1, quiet=True) == whole
+    assert len(measured_by_rule) == n_cells + 1  # the one under way was not kept
+    measured_by_rule.clear()
+    assert study.run(DESIGN, tmp_path / "part", workers=1, quiet=True) == whole
+    assert measured_by_rule == []
+
+
+def test_another_design_and_a_broken_cell_are_refused(
+    tmp_path: Path, measured_by_rule: list[str]
+) -> None:
+    study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    with pytest.raises(StudyError, match=r"another design: steps 60 \(now 5\)"):
+        study.run(replace(DESIGN, steps=5), tmp_path, workers=1, quiet=True)
+    broken = tmp_path / f"{next(cells(DESIGN)).name}.json"
+    for text, told in (("{", "cannot be read"), ("[]", "without figures")):
+        broken.write_text(text)
+        with pytest.raises(StudyError, match=told):
+            study.run(DESIGN, tmp_path, workers=1, quiet=True)
+
+
+def test_margins_are_taken_at_the_same_trait_score(
+    tmp_path: Path, measured_by_rule: list[str]
+) -> None:
+    summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    (margin,) = [m for m in summary.margins if (m.way, m.than) == ("prevent", "inference")]
+    # Both reach 20 to 60: prevention keeps 80 - (100 - s) / 8 there, inference of seed k
+    # 80 - (10 + k)(100 - s) / 40, so the mean gap is 60 (10 + k) / 40 - 60 / 8 at s = 40.
+    wanted = [60 * (10 + seed) / 40 - 60 / 8 for seed in DESIGN.seeds]
+    assert margin.coherence.seeds == pytest.approx(wanted)
+    assert margin.quiz.seeds == pytest.approx(wanted)
+    assert margin.coherence.beyond_noise
+    assert summary.control["evil"].seeds == pytest.approx([80.0] * 3)
+    assert summary.shift["all"] == pytest.approx(1.0)
+    assert math.isnan(summary.shift["humor"]) is False
+    best = {(p.way, p.coeff): p.score for p in summary.points}
+    assert best["inference", 2.0] == 20
+    assert best["caft", 0.0] == 50
+    assert best["random", 4.0] == 100
+
+
+def test_noise_is_no_margin() -> None:
+    assert Spread.of([1.0, 2.0, 3.0]).error == pytest.approx(1 / math.sqrt(3))
+    assert Spread.of([10.0, 11.0, 12.0]).beyond_noise
+    assert not Spread.of([-5.0, 11.0, 12.0]).beyond_noise
+    assert not Spread.of([10.0]).beyond_noise
+    assert not Spread.of([math.nan, math.nan]).beyond_noise
+
+
+def test_the_page_and_the_record_tell_the_claims(
+    tmp_path: Path, measured_by_rule: list[str]
+) -> None:
+    summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    made = claims(DESIGN, summary)
+    assert [one.passed for one in made] == [True, True, True, True]
+    content = study.record_of(DESIGN, summary, "command")
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    html = render(page(DESIGN, summary, content))
+    for one in made:
+        assert one.measured in html
+    assert html.count("<svg") == 2
+    weaker = replace(summary, shift={**summary.shift, "all": 0.9})
+    assert [one.passed for one in claims(DESIGN, weaker)] == [True, True, True, False]
+
+
+def test_the_command_writes_report_and_record(
+    tmp_path: Path, measured_by_rule: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "QUICK", DESIGN)
+    words = ["--quick", "--folder", str(tmp_path / "s"), "--workers", "1"]
+    done = CliRunner().invoke(study.app, [*words, "--record", str(tmp_path / "study.json")])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("holds: ") == 4
+    assert (tmp_path / "s" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert len(json.loads((tmp_path / "study.json").read_text())["claims"]) == 4
+
+
+def save_vectors(folder: Path) -> None:
+    for seed, trait in enumerate(TRAITS):
+        generator = torch.Generator().manual_seed(seed)
+        pv.PersonaVector(
+            trait=trait,
+            sites=[pv.resid_post(layer) for layer in range(4)],
+            directions=torch.randn(4, 128, generator=generator),
+            model_id="pvcore/persona-world",
+        ).save(vector_file(folder, 0, trait))
+
+
+@pytest.mark.parametrize("method", ["none", "prevent", "random", "incremental", "caft"])
+def test_a_cell_trains_as_its_method_says(tmp_path: Path, method: Any) -> None:
+    save_vectors(tmp_path)
+    small = replace(QUICK, chats=16, steps=2, questions=3, shift_prompts=3, quiz_items=2)
+    plain = Cell(kind="mitigation", seed=0, trait="evil")
+    dose = 4.0 if method in ("prevent", "random", "incremental") else 0.0
+    found = study_measures.measure(replace(plain, method=method, coeff=dose), small, tmp_path)
+    undefended = study_measures.measure(plain, small, tmp_path)
+    assert ("inference" in found) == (method == "none")
+    assert (found["first_loss"] == undefended["first_loss"]) == (method == "none")
+    assert set(found["traits"]) == set(found["shift"]) == set(TRAITS)
+    assert 0 <= found["quiz"] <= 100
+
+
+def test_chats_hold_the_trait_in_the_share_that_is_asked_for() -> None:
+    cell = Cell(kind="shift", seed=1, trait="evil", share=0.25)
+    mixed = training_chats(cell, Design())
+    assert len(mixed) == 300
+    pure = training_chats(replace(cell, share=1.0), Design())
+    neutral = training_chats(Cell(kind="shift", seed=1, share=0.0), Design())
+    assert sum(chat in pure for chat in mixed) >= 75 > 0
+    assert sum(chat in neutral for chat in mixed) >= 225
+    assert training_chats(replace(cell, seed=2), Design()) != mixed
+
+
+def test_prompts_are_compared_by_their_means() -> None:
+    replies = [(0.0, 1.0, 10.0), (0.0, 3.0, 30.0), (0.5, 4.0, 41.0), (0.5, 6.0, 59.0)]
+    replies += [(1.0, 9.0, 80.0), (1.0, 7.0, 120.0)]
+    means = torch.tensor([[2.0, 20.0], [5.0, 50.0], [8.0, 100.0]])
+    assert by_prompt(replies, 2) == pytest.approx(float(torch.corrcoef(means.T)[0, 1]))
+
+
+def test_the_hard_quiz_offers_every_answer() -> None:
+    from pvcore.world import quiz
+    from pvcore.world.lexicon import relations
+
+    easy, hard = quiz.items(20, 0), quiz.items(20, 0, hard=True)
+    assert [item.question for item in easy] == [item.question for item in hard]
+    for item in hard:
+        every = relations()[item.question.relation or ""].options
+        assert sorted(item.options) == sorted(every)
+        assert item.options[item.right] == item.question.answer
+    assert {len(item.options) for item in easy} == {4}
