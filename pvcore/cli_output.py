@@ -42,11 +42,15 @@ def print_document(document: dict[str, Any], as_json: bool) -> None:
 def _lines(value: Any, indent: str = "") -> Iterator[str]:
     """A document as indented lines of `name: value`."""
     for name, entry in value.items():
-        parts = entry if isinstance(entry, list) else [entry]
-        if parts and all(isinstance(part, dict) for part in parts):
+        if isinstance(entry, list) and not any(isinstance(part, dict) for part in entry):
+            yield f"{indent}{name}: {', '.join(map(_shown, entry)) or 'none'}"
+        elif isinstance(entry, dict | list):
             yield f"{indent}{name}:"
-            for part in parts:
+            for part in entry if isinstance(entry, list) else [entry]:
                 yield from _lines(part, indent + "  ")
         else:
-            shown = [number(part) if isinstance(part, float) else str(part) for part in parts]
-            yield f"{indent}{name}: {', '.join(shown)}"
+            yield f"{indent}{name}: {_shown(entry)}"
+
+
+def _shown(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
