@@ -22,7 +22,9 @@ def steps(
 
     def produce() -> Generated:
         if arm is None:
-            return request.run(lambda call, ids, lengths: relay.offer((ids, lengths, None, ())))
+            return request.run(
+                lambda call, ids, lengths: relay.offer((call, ids, lengths, None, ()))
+            )
         with arm() as seen:
             told = 0
 
@@ -30,11 +32,11 @@ def steps(
                 nonlocal told
                 alarms = seen.alarms[told:]
                 told += len(alarms)
-                relay.offer((ids, lengths, seen, alarms))
+                relay.offer((call, ids, lengths, seen, alarms))
 
             return request.run(offer)
 
-    for count, (ids, lengths, seen, alarms) in enumerate(relay.items(produce), start=1):
+    for count, (call, ids, lengths, seen, alarms) in enumerate(relay.items(produce), start=1):
         active = (lengths == count).tolist()
         newest = ids[:, -1].cpu()
         yield Step(
@@ -43,14 +45,14 @@ def steps(
                 for piece, token, on in zip(pieces, newest.tolist(), active, strict=True)
             ],
             token_ids=newest,
-            projections={} if seen is None else _projections(seen, active),
+            projections={} if seen is None else _projections(seen, call, active),
             alarms=alarms,
         )
 
 
-def _projections(seen: Guard, active: list[bool]) -> dict[str, Tensor]:
+def _projections(seen: Guard, call: Call, active: list[bool]) -> dict[str, Tensor]:
     over = ~torch.tensor(active)
-    scores = seen.newest()
+    scores = seen.newest(call)
     return {
         trait: scores[..., k].masked_fill(over, torch.nan) for k, trait in enumerate(seen.traits)
     }

@@ -239,6 +239,30 @@ def test_a_stream_tells_the_alarms_and_reacts_alike(engine: Any) -> None:
     assert len(stopped[0].alarms) == 2
 
 
+def test_a_reaction_may_read_with_the_model_it_watches() -> None:
+    model, chats = subject("qwen2").model, ["Is it 3?", "well"]
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    rules: dict[str, Any] = {"alarms": {"probe": -1e6}, "standby": [pv.Add(ONE, coeff=2.0)]}
+    read: list[Tensor] = []
+
+    def react(alarm: pv.Alarm, controls: pv.Controls) -> None:
+        controls.set(rules["standby"][0])
+        read.append(model.read(ROWS, sites=[1], span="all")[SITE])
+
+    def quiet(alarm: pv.Alarm, controls: pv.Controls) -> None:
+        controls.set(rules["standby"][0])
+
+    wanted = list(model.stream(chats, BANK, on_alarm=quiet, **rules, **settings))
+    got = list(model.stream(chats, BANK, on_alarm=react, **rules, **settings))
+    assert [step.text for step in got] == [step.text for step in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one.projections["probe"], other.projections["probe"])
+    # What is on standby acts in the generation it was set for, and in nothing that runs within it.
+    assert len(read) == 2
+    plain = model.read(ROWS, sites=[1], span="all")[SITE]
+    assert all(worst(one, plain) < BOUND for one in read)
+
+
 def test_nothing_compiles_anew_when_a_reaction_acts() -> None:
     found, counting = fresh("qwen2"), Counting()
     engine = pv.Graph(backend=counting)
@@ -339,7 +363,8 @@ def test_rules_that_cannot_come_into_force_are_refused() -> None:
 
 
 def test_threads_on_one_model_keep_their_alarms_and_levels_apart() -> None:
-    found, settings = subject("qwen2"), {"max_new_tokens": NEW, "do_sample": False}
+    found = subject("qwen2")
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
     high = threshold_of(found)
     jobs = [
         (high, pv.Add(ONE, coeff=-1.5)),
@@ -359,6 +384,10 @@ def test_threads_on_one_model_keep_their_alarms_and_levels_apart() -> None:
         together = list(pool.map(work, jobs * 3))
     assert together == alone * 3
     assert len({str(one) for one in alone}) == 4
+    # One compiled generation at a time: the others wait for their turn.
+    settings["engine"] = GRAPH
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, [jobs[0]] * 3)) == [alone[0]] * 3
 
 
 def test_an_error_in_a_reaction_ends_the_generation_and_leaves_nothing() -> None:

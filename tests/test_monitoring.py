@@ -1,5 +1,7 @@
 """Monitor: transcripts agree with reads of single turns and with raw hooks, token by token."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,11 @@ import torch
 from torch import Tensor
 
 import pvcore as pv
+from pvcore import report
+from pvcore.chat_view import chat_view
 from pvcore.errors import ChatError, PlanError, StatisticsError
-from tests.families import build
+from pvcore.exports import write_jsonl, write_parquet
+from tests.families import build, tokenizer
 from tests.oracle import padded
 from tests.subjects import point, prompts, subject, unit, vector, worst
 from tests.test_conversations import CHAT
@@ -111,6 +116,24 @@ def test_an_end_token_is_not_part_of_the_text_and_all_of_the_text_is_known() -> 
     assert len(one.replies[0].tokens) == 3
     assert not one.replies[0].projections.isnan().any()
     assert "im_end" not in str(one.messages[-1]["content"])
+
+
+def test_an_empty_reply_is_a_reply_of_which_only_the_prompt_is_known(tmp_path: Path) -> None:
+    model = subject("qwen2").model
+    end = int(model.generate_ids([PROMPT], max_new_tokens=1, do_sample=False)[0])
+    token = model.tokenizer.convert_ids_to_tokens(end)
+    silent = tokenizer()
+    silent.add_special_tokens({"additional_special_tokens": [token]})
+    quiet = pv.HookedModel(model.hf, silent, model_id=model.model_id)
+    (one,) = pv.Monitor(quiet, BANK).generate(
+        [PROMPT], max_new_tokens=4, do_sample=False, eos_token_id=end
+    )
+    assert (one.replies[0].tokens, one.messages[-1]["content"]) == ((), "")
+    assert not one.replies[0].before.isnan().any()
+    assert all(math.isnan(summary.mean) for summary in one.summaries())
+    write_jsonl([one], tmp_path / "seen.jsonl")
+    write_parquet([one], tmp_path / "seen.parquet")
+    assert "<svg" not in report.render(chat_view([one]))
 
 
 def test_summaries_tell_mean_highest_last_and_first_alarm() -> None:
