@@ -15,6 +15,8 @@ from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
 from pvcore.extraction import extract as extract
+from pvcore.flagging import flag as flag
+from pvcore.flags import Flags as Flags
 from pvcore.graph import Graph as Graph
 from pvcore.guards import Controls as Controls
 from pvcore.interventions import Ablate as Ablate

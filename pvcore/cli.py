@@ -17,6 +17,7 @@ from typer import Option
 from pvcore.cli_convert import convert
 from pvcore.cli_doctor import doctor
 from pvcore.cli_extract import extract, steer
+from pvcore.cli_flag import flag
 from pvcore.cli_models import WORLD, subject_of
 from pvcore.cli_monitor import monitor
 from pvcore.cli_output import require_places, split_list
@@ -91,6 +92,7 @@ def demo(
 app.command()(extract)
 app.command()(steer)
 app.command()(monitor)
+app.command()(flag)
 
 
 def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":

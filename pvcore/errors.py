@@ -95,3 +95,11 @@ class WorkError(PvcoreError):
 
 class SelectionError(PvcoreError):
     """A steering sweep in which there is nothing to choose."""
+
+
+class SourceError(PvcoreError):
+    """A file or data set of conversations that cannot be read."""
+
+
+class FlagError(PvcoreError):
+    """A scan of training data that cannot be made, resumed or read as asked."""

@@ -10,7 +10,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from pvcore import chats as chat_ids
-from pvcore.activations import Activations, Reading, Reduction, check_reduction, collect
+from pvcore.activations import (
+    Activations,
+    Reading,
+    Reduction,
+    check_reduction,
+    collect,
+    run_to_deepest,
+)
 from pvcore.alarms import Alarms
 from pvcore.blocks import find_decoder
 from pvcore.chats import Chats, Encoded
@@ -281,6 +288,21 @@ class HookedModel:
     def encode(self, chats: Chats) -> list[Encoded]:
         """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
         return self._encoded(chats)
+
+    def run_reader(
+        self,
+        reader: Reader,
+        ids: Int[Tensor, "batch pos"],
+        lengths: Sequence[int],
+        prompts: Sequence[int],
+    ) -> None:
+        """Show a reader one batch, in a forward that ends at its deepest site, before logits.
+
+        Rows are padded on the right: `lengths` counts each row's own tokens, `prompts` those
+        before its reply.
+        """
+        self._tracing.refuse_inside("a read")
+        run_to_deepest(self.hf, self._taps, reader, ids, lengths, prompts, self.device)
 
     def _reading(
         self,
