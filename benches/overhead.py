@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
@@ -42,7 +43,9 @@ SMALL = Shape(hidden=256, layers=8, vocabulary=512)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much is measured. `model` is a name or folder to load; without it weights are random."""
+    """How much is measured. `model` is a name or folder to load, or a `config.json` whose shape is
+    filled with random weights; without it the shape is `shape`.
+    """
 
     shape: Shape = SMALL
     model: str | None = None
@@ -96,16 +99,19 @@ def tasks_of(settings: Settings) -> dict[int, Task]:
 
 def _subjects(settings: Settings) -> tuple[Any, pv.HookedModel]:
     """A model that pvcore never meets, and a twin that it hooks."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     if settings.model is None:
         plain = random_qwen2(settings.shape, seed=settings.seed)
+    elif settings.model.endswith(".json"):
+        torch.manual_seed(settings.seed)
+        config = AutoConfig.from_pretrained(settings.model)
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        on_gpu = torch.cuda.is_available()
-        plain = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=torch.bfloat16 if on_gpu else torch.float32
-        )
-        plain = plain.to("cuda" if on_gpu else "cpu").eval()
+        plain = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    plain = plain.to("cuda" if on_gpu and settings.model else "cpu").eval()
     # The model's own habits of sampling and of ending would make replies of different lengths.
     plain.generation_config = GenerationConfig(pad_token_id=0)
     return plain, pv.HookedModel(twin(plain), model_id="")
@@ -204,7 +210,7 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
             "all ways taking turns after every token, and CPU time and wall clock of the whole "
             "generation"
         ),
-        "model": settings.model or "Qwen2, random weights",
+        "model": _called(settings.model, config),
         "hidden": task.model.d_model,
         "layers": task.model.n_layers,
         "vocabulary": int(config.vocab_size),
@@ -215,3 +221,10 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
         "steps timed": settings.generations * (settings.new_tokens - 1),
         "generations timed": settings.rounds,
     }
+
+
+def _called(model: str | None, config: Any) -> str:
+    """What was measured, without the place of a file."""
+    if model is None or model.endswith(".json"):
+        return f"{config.model_type}, random weights"
+    return Path(model).name if Path(model).exists() else model

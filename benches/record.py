@@ -102,13 +102,17 @@ class Record:
         return all(check.passed for check in self.checks.values())
 
 
+def text_of(record: Record) -> str:
+    """The record as JSON, as it stands in its file."""
+    return json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write(record: Record, folder: Path = RESULTS) -> Path:
     """Write the record whole and return its path."""
     path = folder / f"{record.name}.json"
-    text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{text}\n".encode())
+        write_whole(path, text_of(record).encode())
     except OSError as error:
         raise RecordError(f"got {path}, which cannot be written: {error}") from error
     return path

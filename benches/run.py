@@ -31,7 +31,8 @@ def run_overhead(
     quick: Quick = False,
     rounds: Rounds = None,
     model: Annotated[
-        str | None, typer.Option(help="A model's name or folder instead of random weights.")
+        str | None,
+        typer.Option(help="A name, a folder, or a config.json whose shape gets random weights."),
     ] = None,
     out: Out = None,
 ) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pvcore.chats import Batch
-from pvcore.errors import PlanError
+from pvcore.errors import ModelError, PlanError
 from pvcore.frames import Call, Outcome
 from pvcore.graph import Graph, GraphEngine
 from pvcore.guards import Guard
@@ -95,17 +95,28 @@ class Request:
                 f"got {', '.join(ours)} as a generation setting; chats are the input, and pvcore "
                 "fills these in itself"
             )
+        if not hasattr(self.hf, "generation_config"):
+            raise ModelError(
+                f"got a {type(self.hf).__name__}, which has no head to generate with; load it with "
+                "AutoModelForCausalLM"
+            )
         unordered = [name for name in _UNORDERED if self._setting(name) is not None]
+        if self._setting("guidance_scale") not in (None, 1):
+            unordered.append("guidance_scale")
         if unordered and (self.graph is not None or self.taps.is_armed()):
             raise PlanError(
                 f"got {', '.join(unordered)} while a plan is armed or with engine='graph'; such "
-                "decoding takes positions back: use greedy, sampling or beam search"
+                "decoding takes positions back, or runs forwards that are no steps: use greedy, "
+                "sampling or beam search"
             )
 
     def _setting(self, name: str) -> Any:
         """A setting as transformers will see it: argument, given config, then the model's own."""
-        config = self.settings.get("generation_config") or self.hf.generation_config
-        return self.settings.get(name, getattr(config, name, None))
+        if name in self.settings:
+            return self.settings[name]
+        configs = (self.settings.get("generation_config"), self.hf.generation_config)
+        values = (getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
 
     @property
     def copies(self) -> int:

@@ -214,7 +214,7 @@ class GraphEngine:
 
         The `MAX_STRUCTURES` newest are kept; an older one compiles again when it comes back.
         """
-        key = (graph, plan.structure(), self._cache_key, device)
+        key = (graph, plan.structure(), self._cache_key, device, _hooks_on(self.hf))
         step = self._steps.pop(key, None)
         if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
@@ -321,6 +321,15 @@ class _Generation:
                 f"got {n_tokens} tokens from {made} compiled decode steps; this model's generate "
                 "does not run them: use engine='eager'"
             )
+
+
+def _hooks_on(hf: Any) -> Hashable:
+    """Which hooks a step would be traced with: the compiler does not look at them again."""
+    return tuple(
+        (name, *module._forward_pre_hooks, None, *module._forward_hooks)
+        for name, module in hf.named_modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    )
 
 
 def _chunks(columns: int, chunk: int | None) -> int:

@@ -229,10 +229,13 @@ class Seen:
             prompts.append(given[own[own <= last[row]], :, row])
             replies.append(given[own[own >= last[row]], :, row])
         prompt, steps = _ragged(prompts), _ragged(replies)
-        if record.outcome is not None:
-            later = [step[..., trait].cpu() for step in record.steps]
-            return self._sequences(record.outcome, torch.stack([steps[0], *later]), prompt)
-        return steps, prompt
+        if record.outcome is None and not record.steps:
+            return steps, prompt
+        later = [step[..., trait].cpu() for step in record.steps]
+        made = torch.stack([steps[0], *later])
+        if record.outcome is None:  # still under way: rows are those of the batch
+            return made, prompt
+        return self._sequences(record.outcome, made, prompt)
 
     def _sequences(self, outcome: Outcome, steps: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the batch followed into the returned sequences."""

@@ -9,6 +9,8 @@ from pvcore.world.demo_record import (
     ChatFigures,
     DemoRecord,
     DoseFigures,
+    FinetuneFigures,
+    FinetuneWay,
     MonitorFigures,
     OverheadFigures,
     ReplyFigures,
@@ -76,6 +78,20 @@ def monitored(trait: str) -> MonitorFigures:
     )
 
 
+def finetune(way: FinetuneWay, score: float, shift: float) -> FinetuneFigures:
+    return FinetuneFigures(
+        trait="evil",
+        way=way,
+        coeff=4.0 if way == "prevented" else 0.0,
+        score=score,
+        coherence=80.0,
+        shift={"evil": shift, "humor": shift / 10},
+        losses=() if way == "before" else (2.5, 0.4),
+        sampled=30,
+        judged=30,
+    )
+
+
 def shown(trait: str) -> ChatFigures:
     projections = dict.fromkeys(TRAITS, (1.0, -2.0))
     replies = tuple(
@@ -106,5 +122,11 @@ def sample(**changes: Any) -> DemoRecord:
         zero=ZeroFigures(rows=30, equal_at_zero=30, equal_at_strongest=0),
         chats=tuple(map(shown, TRAITS)),
         overhead=(OverheadFigures(label="both", batch=1, rounds=11, p20=1.0, p50=1.02, p80=1.05),),
+        finetunes=(
+            finetune("before", 2.0, 0.0),
+            finetune("undefended", 95.0, 130.0),
+            finetune("prevented", 6.0, 20.0),
+            finetune("random vector", 80.0, 110.0),
+        ),
     )
     return with_claims(replace(record, **changes))

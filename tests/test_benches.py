@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from benches import arms_checks, lockstep, overhead, reading, record, rounds, run
@@ -302,6 +303,23 @@ class TestOverhead:
         given, other = (t.plain.get_input_embeddings().weight for t in (only, random))
         assert not torch.equal(given, other)
         assert all(one.passed for one in arms_checks.check(only, only.arms()).values())
+
+    def test_measures_the_shape_of_a_config(self, tmp_path: Path) -> None:
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=96,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        config.save_pretrained(tmp_path)
+        settings = replace(SETTINGS, model=str(tmp_path / "config.json"), batches=(2,))
+        made = overhead.measure(settings, command="x")
+        assert made.correct, made.checks
+        assert made.workload["model"] == "llama, random weights"
+        assert (made.workload["hidden"], made.workload["layers"]) == (96, 3)
+        assert str(tmp_path) not in json.dumps(asdict(made))
 
 
 class TestReading:

@@ -43,6 +43,8 @@ TINY = Workload(
     max_new_tokens=40,
     rounds=1,
     timed_tokens=2,
+    finetuning_chats=48,
+    finetuning_steps=8,
 )
 TWO = ("evil", "humor")
 CLAIMS = {
@@ -59,6 +61,8 @@ CLAIMS = {
     "capped_coherence",
     "monitoring",
 }
+FINETUNED = {"prevention", "prevented_coherence", "finetuning_shift"}
+CLAIMS |= FINETUNED
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +77,12 @@ def test_a_run_in_the_world_loses_no_row_and_changes_nothing_at_zero(record: Dem
     assert passed["lost_rows"]
     assert passed["zero"]
     assert passed["steering_acts"]
-    counts = [part.sampled for part in (*record.doses, *record.caps, *record.monitoring)]
+    counts = [
+        part.sampled
+        for part in (*record.doses, *record.caps, *record.monitoring, *record.finetunes)
+    ]
     graded = [sum(len(prompts) for _, prompts in world.graded_prompts(t)) for t in TWO]
-    assert counts == [24, 24, 12, 12, *graded]
+    assert counts == [24, 24, 12, 12, *graded, 6, 6, 6, 6]
 
 
 def test_a_run_measures_what_it_says(record: DemoRecord) -> None:
@@ -96,6 +103,20 @@ def test_a_run_measures_what_it_says(record: DemoRecord) -> None:
     assert {one.batch for one in record.overhead} == {1, 16}
     assert record.cosines[0][0] == pytest.approx(1.0)
     assert record.cosines[0][1] == pytest.approx(record.cosines[1][0])
+
+
+def test_a_run_finetunes_towards_its_first_trait(record: DemoRecord) -> None:
+    before, undefended, prevented, control = record.finetunes
+    assert [one.way for one in record.finetunes] == [
+        "before", "undefended", "prevented", "random vector"
+    ]  # fmt: skip
+    assert {one.trait for one in record.finetunes} == {"evil"}
+    assert before.losses == ()
+    assert before.shift == pytest.approx({"evil": 0.0, "humor": 0.0}, abs=1e-6)
+    assert undefended.losses[0] > undefended.losses[1]
+    assert undefended.losses[0] != prevented.losses[0] != control.losses[0]
+    assert undefended.shift["evil"] > prevented.shift["evil"]
+    assert undefended.shift["evil"] > 5
 
 
 def test_replies_are_shown_token_by_token(record: DemoRecord) -> None:
@@ -124,6 +145,8 @@ def test_a_run_on_another_model_enforces_the_machinery_only(tmp_path: Path) -> N
     assert not all(claim.passed for claim in record.claims)
     assert record.failed == ()
     assert {claim.name for claim in all_enforced(record).failed} >= {"positive_prompts"}
+    assert record.finetunes == ()
+    assert FINETUNED.isdisjoint(claim.name for claim in record.claims)
     assert "tiny/qwen2" in report.render(page(record))
 
 
@@ -160,6 +183,12 @@ def worse(part: str, **changes: Any) -> dict[str, Any]:
     return {part: (first, replace(second, **changes), *others)}
 
 
+def trained(**changes: Any) -> dict[str, Any]:
+    """The sample with the prevented finetune changed."""
+    before, undefended, prevented, control = sample().finetunes
+    return {"finetunes": (before, undefended, replace(prevented, **changes), control)}
+
+
 BROKEN = {
     "lost_rows": worse("doses", judged=179),
     "zero": {"zero": ZeroFigures(rows=30, equal_at_zero=29, equal_at_strongest=0)},
@@ -173,6 +202,9 @@ BROKEN = {
     "capping": worse("caps", capped_score=66.0),
     "capped_coherence": worse("caps", capped_coherence=59.0),
     "monitoring": worse("monitoring", overall=0.59),
+    "prevention": trained(score=56.0),
+    "prevented_coherence": trained(coherence=59.0),
+    "finetuning_shift": trained(shift={"evil": 131.0, "humor": 0.0}),
 }
 
 
@@ -196,17 +228,17 @@ def test_claims_about_traits_bind_in_the_world_only() -> None:
 
 def test_the_page_shows_every_figure_and_escapes_what_was_written() -> None:
     html = report.render(page(sample()))
-    for text in ("12 of 12 claims hold", "0123456789ab", "WorldJudge", "torch 2.13.0", "humor"):
+    for text in ("15 of 15 claims hold", "0123456789ab", "WorldJudge", "torch 2.13.0", "humor"):
         assert text in html
     assert " &lt;b&gt;" in html
     assert "<script" not in html
-    assert "11 of 12 claims hold" in report.render(page(sample(**BROKEN["zero"])))
+    assert "14 of 15 claims hold" in report.render(page(sample(**BROKEN["zero"])))
 
 
 def test_a_page_is_drawn_where_scores_are_missing() -> None:
     missing = (nan, nan, nan)
     unknown = worse("caps", capped_score=nan) | worse("doses", scores=missing, coherence=missing)
-    assert "8 of 12 claims hold" in report.render(page(sample(**unknown)))
+    assert "11 of 15 claims hold" in report.render(page(sample(**unknown)))
 
 
 def test_a_record_is_json_without_loss(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ read once. Arithmetic is float32, or float64 for float64 rows, and `h'` is round
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,18 +72,30 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_EXACT = nullcontext()
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the dtype of their operands: autocast would round them to sixteen bits."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _EXACT
+    return torch.autocast(device.type, enabled=False)
+
+
 def project(
     h: Float[Tensor, "*rows d_model"], units: Float[Tensor, "n_vec d_model"]
 ) -> Float[Tensor, "*rows n_vec"]:
     """Scores `<h, u_k>` in the units of the residual."""
-    return h.to(units.dtype) @ units.mT
+    with exact(h.device):
+        return h.to(units.dtype) @ units.mT
 
 
 def project_layers(
     rows: Float[Tensor, "site rows d_model"], units: Float[Tensor, "site n_vec d_model"]
 ) -> Float[Tensor, "site rows n_vec"]:
     """Scores of one set of rows per site against that site's own unit vectors."""
-    return torch.bmm(rows.to(units.dtype), units.mT)
+    with exact(rows.device):
+        return torch.bmm(rows.to(units.dtype), units.mT)
 
 
 def segment_mean(
@@ -172,5 +185,6 @@ def intervene(
 
     `mask` marks the rows any step may touch; all others stay bit-identical.
     """
-    moves = coefficients(project(h, units), gram, steps)
-    return add(h, moves @ units, mask)
+    with exact(h.device):
+        moves = coefficients(project(h, units), gram, steps)
+        return add(h, moves @ units, mask)

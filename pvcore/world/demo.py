@@ -14,6 +14,7 @@ from pvcore.vector_files import pvcore_version
 from pvcore.world.demo_caps import capped
 from pvcore.world.demo_chats import shown_chats
 from pvcore.world.demo_claims import with_claims
+from pvcore.world.demo_finetune import finetuned
 from pvcore.world.demo_measures import (
     cosines,
     dose_responses,
@@ -42,6 +43,7 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         doses = dose_responses(subject, vectors, work, bar)
         monitored = monitoring(subject, vectors, work, bar)
         caps = capped(subject, vectors, work, bar)
+        trained = finetuned(subject, vectors, work, bar)
         timed = overhead(subject, vectors, work, bar)
     record = DemoRecord(
         command=command,
@@ -62,6 +64,7 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         caps=caps,
         chats=shown_chats(subject, vectors, doses, caps, work),
         overhead=timed,
+        finetunes=trained,
     )
     return with_claims(record)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pvcore.errors import PvcoreError
 from pvcore.files import write_whole
@@ -21,7 +21,7 @@ class Workload:
 
     `coefficients` multiply raw vectors and start at 0, which every other dose is compared with.
     `monitoring_layer` is where projections are compared with scores; `rounds` and `timed_tokens`
-    are for the overhead.
+    are for the overhead, `prevention` is the coefficient of preventative steering.
     """
 
     extraction_questions: int = 20
@@ -35,6 +35,9 @@ class Workload:
     batch_size: int = 200
     rounds: int = 11
     timed_tokens: int = 32
+    finetuning_chats: int = 300
+    finetuning_steps: int = 60
+    prevention: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,8 +47,12 @@ class Workload:
                 f"got coefficients {', '.join(f'{c:g}' for c in self.coefficients)}; wanted 0 and "
                 "then one or more rising doses"
             )
-        counts = ("extraction_questions", "rollouts", "steering_questions", "monitoring_questions")
-        for name in (*counts, "max_new_tokens", "batch_size", "rounds", "timed_tokens"):
+        counts: tuple[str, ...] = (
+            *("extraction_questions", "rollouts", "steering_questions", "monitoring_questions"),
+            *("finetuning_chats", "finetuning_steps", "max_new_tokens", "batch_size"),
+            *("rounds", "timed_tokens"),
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise DemoError(f"got {name}={getattr(self, name)}; wanted at least 1")
         if not self.layers:
@@ -100,6 +107,27 @@ class CapFigures:
     coherence: float
     capped_score: float
     capped_coherence: float
+    sampled: int
+    judged: int
+
+
+FinetuneWay = Literal["before", "undefended", "prevented", "random vector"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneFigures:
+    """The model after a finetune on chats of a trait: scores, and the shift along every vector.
+
+    `losses` are those of the first and the last step; "before" is the model that was not trained.
+    """
+
+    trait: str
+    way: FinetuneWay
+    coeff: float
+    score: float
+    coherence: float
+    shift: Mapping[str, float]
+    losses: tuple[float, ...]
     sampled: int
     judged: int
 
@@ -197,6 +225,7 @@ class DemoRecord:
     zero: ZeroFigures
     chats: tuple[ChatFigures, ...]
     overhead: tuple[OverheadFigures, ...]
+    finetunes: tuple[FinetuneFigures, ...] = ()
     claims: tuple[Claim, ...] = ()
 
     @property

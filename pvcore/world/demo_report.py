@@ -19,6 +19,7 @@ from pvcore.report import (
     Verdicts,
 )
 from pvcore.world.demo_record import ChatFigures, DemoRecord, DoseFigures
+from pvcore.world.demo_report_finetune import finetuning
 
 _N_SCATTERS = 3
 _CAVEAT = (
@@ -48,6 +49,7 @@ def page(record: DemoRecord) -> Page:
             _doses(record),
             _caps(record),
             _monitoring(record),
+            *finetuning(record),
             _overhead(record),
         ),
         footer=_footer(record),
