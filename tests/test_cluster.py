@@ -136,7 +136,8 @@ def start(data: Path, out: Path, pause: float) -> subprocess.Popen[str]:
             str(data),
             str(out),
         ],
-        env=os.environ | {"PYTHONPATH": path, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+        # Ray's workers step back for everything else, which on a busy machine means for ever.
+        env=os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
