@@ -19,7 +19,7 @@ from pvcore.activations import (
     run_to_deepest,
 )
 from pvcore.alarms import Alarms
-from pvcore.blocks import find_decoder
+from pvcore.blocks import find_decoder, input_device, max_length, require_embedded
 from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
 from pvcore.generation import Request
@@ -96,13 +96,8 @@ class HookedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device, also when later blocks live elsewhere."""
-        device: torch.device = self.hf.get_input_embeddings().weight.device
-        if device.type != "meta":
-            return device
-        # Offloaded weights sit on "meta" until accelerate brings them to the device of the hook.
-        hook = getattr(self.hf.get_input_embeddings(), "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        """Where token ids go, also when later blocks live elsewhere."""
+        return input_device(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,8 +240,7 @@ class HookedModel:
         `[site, chat, pos, d_model]`, `moments` a running mean and variance over all span tokens.
         Values show what flows on after armed interventions; `before=True` what they were given.
         """
-        wanted = [(span, reduce)]
-        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
+        reading = self._reading(self.encode(chats), sites, [(span, reduce)], batch_size, before)
         return collect(reading, progress=progress)
 
     def read_batches(
@@ -260,8 +254,7 @@ class HookedModel:
         before: bool = False,
     ) -> Iterator[tuple[list[int], Activations]]:
         """Like `read`, one length bucket at a time: chat indices and their activations."""
-        wanted = [(span, reduce)]
-        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
+        reading = self._reading(self.encode(chats), sites, [(span, reduce)], batch_size, before)
         return ((chosen, only) for chosen, (only,) in reading.run())
 
     def read_spans(
@@ -273,8 +266,7 @@ class HookedModel:
         batch_size: int = 16,
         first_batch: int = 0,
     ) -> Iterator[tuple[list[int], tuple[Activations, ...]]]:
-        """Like `read_batches` for several spans, each with its reduction, of one and the same
-        forward.
+        """Like `read_batches` for several spans of one forward, each with its reduction.
 
         `encoded` is what `encode` gave. The first so many batches can be left out.
         """
@@ -284,10 +276,6 @@ class HookedModel:
         """Raise `SiteError` for a site that this model does not have."""
         for site in sites:
             self._decoder.require(site)
-
-    def encode(self, chats: Chats) -> list[Encoded]:
-        """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
-        return self._encoded(chats)
 
     def run_reader(
         self,
@@ -327,25 +315,18 @@ class HookedModel:
             first_batch=first_batch,
         )
 
-    def _encoded(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:
+    def encode(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:
+        """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
         encoded = chat_ids.encode_all(
             self.tokenizer, chats, max_length=self.max_length, for_generation=for_generation
         )
-        size = len(self.hf.get_input_embeddings().weight)
-        for index, one in enumerate(encoded):
-            if max(one.ids) >= size:
-                raise ChatError(
-                    f"chat {index}: got token id {max(one.ids)}; this model embeds {size} tokens: "
-                    "use the tokenizer that belongs to it"
-                )
+        require_embedded(self.hf, [one.ids for one in encoded])
         return encoded
 
     @property
     def max_length(self) -> int | None:
-        """How many positions the model has, where its configuration says so."""
-        config = self.hf.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return getattr(text, "max_position_embeddings", None)
+        """How many positions the model has, where it says so."""
+        return max_length(self.hf)
 
     def generate(
         self, chats: Chats, *, engine: Engine | Graph | str = "eager", **settings: Any
@@ -373,7 +354,7 @@ class HookedModel:
     ) -> Request:
         graph = check_engine(engine)
         self._tracing.refuse_inside("a generation")
-        encoded = self._encoded(chats, for_generation=True)
+        encoded = self.encode(chats, for_generation=True)
         pad_id = chat_ids.pad_id(self.tokenizer)
         return Request(
             hf=self.hf,

@@ -44,6 +44,10 @@ OPTIONS = {
     | REPLYING
     | {"model", "prompts", "--chats", "--vector", "--layers", "--alarm", "--on-alarm", "--out"}
     | {"--engine", "--batch-size", "--json"},
+    "flag": LOADING
+    | {"model", "sources", "--vector", "--out", "--layers", "--difference", "--share", "--replies"}
+    | {"--prompt", "--answer", "--turn", "--max-new-tokens", "--shard-rows", "--max-tokens"}
+    | {"--seed", "--top", "--report", "--clean", "--threshold", "--json"},
     "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
     | {"--layers", "--n-layers", "--experiment", "--json"},
     "doctor": {"model", "--json"},
@@ -186,7 +190,7 @@ def test_a_demo_writes_its_report_and_its_record(
     status, out, _ = pvcore("demo", *places)
     assert status == 0
     assert "Persona vectors of pvcore/persona-world, layer 1" in out
-    assert "12 of 12 claims hold" in (tmp_path / "demo.html").read_text()
+    assert "15 of 15 claims hold" in (tmp_path / "demo.html").read_text()
     assert json.loads((tmp_path / "demo.json").read_text()) == sample().as_json()
     status, out, _ = pvcore("demo", *places, "--json")
     assert json.loads(out) == sample().as_json()
