@@ -13,16 +13,17 @@ from rich.console import Console
 
 from benches import record, tables
 from benches.demo_table import demo_summary
+from benches.extraction_table import extraction_summary
 from benches.record import RESULTS, ROOT, RecordError
 from benches.study_table import study_summary
 from pvcore.files import write_whole
 
 KNOWN = (
     *("overhead", "compiled", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training"),
-    *("flagging", "flags", "million", "kills", "demo", "study"),
+    *("pooling", "flagging", "flags", "million", "kills", "demo", "extraction", "study"),
 )
 # Records that are no measurements of speed have tables of their own.
-OWN = {"demo": demo_summary, "study": study_summary}
+OWN = {"demo": demo_summary, "extraction": extraction_summary, "study": study_summary}
 REGION = re.compile(
     r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )

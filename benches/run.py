@@ -12,18 +12,21 @@ from rich.markdown import Markdown
 
 from benches import (
     compiled,
+    extraction,
     flagging,
     flags,
     kernels,
     kills,
     million,
     overhead,
+    pooling,
     reading,
     record,
     scaling,
     tables,
     training,
 )
+from benches.extraction_table import extraction_summary
 from benches.peers import measure as peers
 from benches.record import Record
 
@@ -126,6 +129,32 @@ def run_training(quick: Quick = False, rounds: Rounds = None, out: Out = None) -
         settings = replace(settings, rounds=rounds)
     command = _command("training", quick, settings.rounds)
     _finish(lambda: training.measure(settings, command=command), quick, out)
+
+
+@app.command("pooling")
+def run_pooling(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """The pooling pass beside a bare forward and the paper's loop."""
+    settings = pooling.QUICK if quick else pooling.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("pooling", quick, settings.rounds)
+    _finish(lambda: pooling.measure(settings, command=command), quick, out)
+
+
+@app.command("extraction")
+def run_extraction(quick: Quick = False, out: Out = None) -> None:
+    """Seven vectors of the shipped model: how they steer, and whether they repeat."""
+    settings = extraction.QUICK if quick else extraction.Settings()
+    torch.set_num_threads(1)
+    command = f"python -m benches.run extraction{' --quick' if quick else ''}"
+    made = extraction.measure(settings, command=command)
+    console = Console()
+    console.print(Markdown(extraction_summary(made)))
+    if out is not None or not quick:
+        extraction.write(made, out or record.RESULTS)
+        console.print("wrote extraction.json")
+    if not all(claim["passed"] for claim in made["claims"]) and not quick:
+        raise typer.Exit(code=1)
 
 
 @app.command("flagging")

@@ -3,8 +3,14 @@
 from pvcore import formats as formats
 from pvcore import hub as hub
 from pvcore.activations import Activations as Activations
+from pvcore.alarms import Alarm as Alarm
+from pvcore.alarms import Threshold as Threshold
+from pvcore.calibration import Calibration as Calibration
+from pvcore.calibration import calibrate as calibrate
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
+from pvcore.conditions import Above as Above
+from pvcore.conditions import Below as Below
 from pvcore.errors import JudgeFailure as JudgeFailure
 from pvcore.errors import PvcoreError as PvcoreError
 from pvcore.extraction import Extraction as Extraction
@@ -12,6 +18,7 @@ from pvcore.extraction import extract as extract
 from pvcore.flagging import flag as flag
 from pvcore.flags import Flags as Flags
 from pvcore.graph import Graph as Graph
+from pvcore.guards import Controls as Controls
 from pvcore.interventions import Ablate as Ablate
 from pvcore.interventions import Add as Add
 from pvcore.interventions import Cap as Cap
@@ -20,8 +27,11 @@ from pvcore.model import HookedModel as HookedModel
 from pvcore.moments import Moments as Moments
 from pvcore.monitor import Seen as Seen
 from pvcore.monitor import TraitScores as TraitScores
+from pvcore.monitoring import Monitor as Monitor
 from pvcore.plan import Plan as Plan
 from pvcore.provenance import Provenance as Provenance
+from pvcore.selection import Selection as Selection
+from pvcore.selection import select as select
 from pvcore.shift import FinetuningShift as FinetuningShift
 from pvcore.shift import finetuning_shift as finetuning_shift
 from pvcore.shift import shift_trajectory as shift_trajectory
@@ -29,8 +39,8 @@ from pvcore.sites import Site as Site
 from pvcore.sites import resid_mid as resid_mid
 from pvcore.sites import resid_post as resid_post
 from pvcore.sites import resid_pre as resid_pre
-from pvcore.stream import Alarm as Alarm
 from pvcore.stream import Step as Step
+from pvcore.streamer import ProjectionStreamer as ProjectionStreamer
 from pvcore.training import prevent as prevent
 from pvcore.traits import Trait as Trait
 from pvcore.vectors import PersonaVector as PersonaVector

@@ -57,7 +57,7 @@ class _Pool:
         before: bool,
     ) -> None:
         self._sites, self._before = tuple(sites), before
-        self._ranges, self._reduce = ranges, reduce
+        self.ranges, self.reduce = ranges, reduce
         self.taken: dict[Site, Any] = {}
         self.dtype = torch.float32
 
@@ -76,18 +76,18 @@ class _Pool:
     def _take(self, place: int, h: Float[Tensor, "batch pos d_model"]) -> None:
         site, h = self._sites[place], h.detach()
         self.dtype = accumulator(h.dtype)
-        starts, ends = zip(*self._ranges, strict=True)
-        if self._reduce == "mean":
+        starts, ends = zip(*self.ranges, strict=True)
+        if self.reduce == "mean":
             self.taken[site] = kernels.segment_mean(h, starts, ends)
-        elif self._reduce == "last":
+        elif self.reduce == "last":
             self.taken[site] = h[torch.arange(len(ends)), torch.tensor(ends) - 1]
-        elif self._reduce == "none":
+        elif self.reduce == "none":
             # Cloned, because a view would keep the whole batch alive.
             self.taken[site] = [
-                row[s:e].clone() for row, (s, e) in zip(h, self._ranges, strict=True)
+                row[s:e].clone() for row, (s, e) in zip(h, self.ranges, strict=True)
             ]
         else:
-            rows = torch.cat([row[s:e] for row, (s, e) in zip(h, self._ranges, strict=True)])
+            rows = torch.cat([row[s:e] for row, (s, e) in zip(h, self.ranges, strict=True)])
             self.taken[site] = Moments.zeros(rows.shape[1:]).add(rows)
 
     def end(self, frame: Frame) -> None:
@@ -99,18 +99,18 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What to read of which chats; `run` does it batch by batch."""
+    """What to read of which chats; `run` does it batch by batch, all spans in one forward."""
 
     hf: nn.Module
     taps: Taps
     encoded: Sequence[Encoded]
     sites: tuple[Site, ...]
-    span: Span
-    reduce: Reduction
+    spans: tuple[tuple[Span, Reduction], ...]
     batch_size: int
     before: bool
     pad_id: int
     device: torch.device
+    first_batch: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -118,11 +118,14 @@ class Reading:
         for site in self.sites:
             self.taps.decoder.require(site)
 
-    def run(self) -> Iterator[tuple[list[int], Activations]]:
-        """Chat indices and their activations, one length bucket after another."""
-        ranges = [self._range(index) for index in range(len(self.encoded))]
+    def run(self) -> Iterator[tuple[list[int], tuple[Activations, ...]]]:
+        """Chat indices and their activations over each span, one length bucket after another."""
+        ranges = [
+            [self._range(index, span) for index in range(len(self.encoded))]
+            for span, _ in self.spans
+        ]
         group = object()
-        for chosen in length_buckets(self.encoded, self.batch_size):
+        for chosen in length_buckets(self.encoded, self.batch_size)[self.first_batch :]:
             batch = pad([self.encoded[i] for i in chosen], side="right", pad_id=self.pad_id)
             call = Call(
                 rows=torch.tensor(chosen),
@@ -132,19 +135,28 @@ class Reading:
                 generating=False,
                 group=group,
             )
-            pool = _Pool(self.sites, [ranges[i] for i in chosen], self.reduce, self.before)
-            self._forward(batch, call, pool)
-            yield chosen, self._result(pool, [ranges[i] for i in chosen], chosen)
+            pools = [
+                _Pool(self.sites, [rows[i] for i in chosen], reduce, self.before)
+                for rows, (_, reduce) in zip(ranges, self.spans, strict=True)
+            ]
+            self._forward(batch, call, pools)
+            yield (
+                chosen,
+                tuple(
+                    self._result(pool, span, chosen)
+                    for pool, (span, _) in zip(pools, self.spans, strict=True)
+                ),
+            )
 
-    def _range(self, index: int) -> tuple[int, int]:
+    def _range(self, index: int, span: Span) -> tuple[int, int]:
         try:
-            return span_range(self.encoded[index], self.span)
+            return span_range(self.encoded[index], span)
         except SpanError as error:
             raise SpanError(f"chat {index}: {error}") from error
 
-    def _forward(self, batch: Batch, call: Call, pool: _Pool) -> None:
+    def _forward(self, batch: Batch, call: Call, pools: Sequence[_Pool]) -> None:
         """One forward that ends at the deepest site, before logits are made."""
-        arming = self.taps.armed({}, readers=[pool], stop_at=max(self.sites))
+        arming = self.taps.armed({}, readers=pools, stop_at=max(self.sites))
         with arming, self.taps.calling(call), torch.no_grad(), contextlib.suppress(ForwardStopped):
             self.hf(
                 input_ids=batch.ids.to(self.device),
@@ -152,12 +164,10 @@ class Reading:
                 use_cache=False,
             )
 
-    def _result(
-        self, pool: _Pool, ranges: Sequence[tuple[int, int]], chosen: Sequence[int]
-    ) -> Activations:
-        lengths = torch.tensor([end - start for start, end in ranges])
+    def _result(self, pool: _Pool, span: Span, chosen: Sequence[int]) -> Activations:
+        lengths = torch.tensor([end - start for start, end in pool.ranges])
         taken = [pool.taken[site] for site in self.sites]
-        if self.reduce == "moments":
+        if pool.reduce == "moments":
             moments = Moments(
                 count=taken[0].count,
                 mean=torch.stack([one.mean for one in taken]),
@@ -165,7 +175,7 @@ class Reading:
             )
             _require_finite(list(moments.mean[:, None]), self.sites, chosen)
             values = None
-        elif self.reduce == "none":
+        elif pool.reduce == "none":
             for rows, site in zip(taken, self.sites, strict=True):
                 _require_finite(rows, [site] * len(rows), chosen)
             longest = int(lengths.max())
@@ -174,12 +184,15 @@ class Reading:
             )
             moments = None
         else:
-            values, moments = torch.stack([rows.cpu() for rows in taken]), None
+            # One copy from the device instead of one a site, where all sites are on one.
+            one_device = len({rows.device for rows in taken}) == 1
+            held = torch.stack(taken) if one_device else torch.stack([t.cpu() for t in taken])
+            values, moments = held.cpu(), None
             _require_finite(list(values), self.sites, chosen)
         if values is not None:
             values = values.to("cpu", pool.dtype)
         return Activations(
-            values=values, sites=self.sites, span=self.span, lengths=lengths, moments=moments
+            values=values, sites=self.sites, span=span, lengths=lengths, moments=moments
         )
 
 
@@ -218,7 +231,7 @@ def check_reduction(reduce: str) -> Reduction:
 
 
 def collect(reading: Reading, *, progress: bool) -> Activations:
-    """All batches together, chats in their own order."""
+    """All batches of a reading of one span together, chats in their own order."""
     # Imported here, because rich draws random numbers when it is imported.
     from rich.progress import Progress
 
@@ -228,7 +241,7 @@ def collect(reading: Reading, *, progress: bool) -> Activations:
     moments: Moments | None = None
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("reading", total=chats)
-        for chosen, part in reading.run():
+        for chosen, (part,) in reading.run():
             lengths[chosen] = part.lengths
             if part.moments is not None:
                 moments = part.moments if moments is None else moments.merge(part.moments)
@@ -237,7 +250,11 @@ def collect(reading: Reading, *, progress: bool) -> Activations:
                 values = _placed(values, part.values, chosen, chats)
             bar.advance(task, len(chosen))
     return Activations(
-        values=values, sites=reading.sites, span=reading.span, lengths=lengths, moments=moments
+        values=values,
+        sites=reading.sites,
+        span=reading.spans[0][0],
+        lengths=lengths,
+        moments=moments,
     )
 
 

@@ -6,26 +6,24 @@ Heavy modules are imported by the commands that need them, so that help comes at
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from pvcore.cli_convert import convert
 from pvcore.cli_doctor import doctor
+from pvcore.cli_extract import extract, steer
 from pvcore.cli_flag import flag
-from pvcore.cli_output import print_document, require_places, split_list
+from pvcore.cli_models import WORLD, subject_of
+from pvcore.cli_monitor import monitor
+from pvcore.cli_output import require_places, split_list
 from pvcore.cli_shift import shift
-from pvcore.errors import JudgeFailure, ModelError, PvcoreError
 
 if TYPE_CHECKING:
-    from pvcore.extraction import Extraction
-    from pvcore.model import HookedModel
-    from pvcore.monitor import Seen
-    from pvcore.vectors import PersonaVector
     from pvcore.world.demo_record import DemoRecord, Workload
     from pvcore.world.demo_subject import Subject
 
@@ -36,42 +34,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(convert)
-app.command()(doctor)
-app.command()(flag)
-app.command()(shift)
-WORLD = "world"
 INTERRUPTED = 130
 
-Model = Annotated[
-    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
-]
 OwnModel = Annotated[str, Option(help="Name or folder of a chat model of one's own.")]
-Prompts = Annotated[list[str], Argument(help="User messages, each a chat of its own.")]
-TraitName = Annotated[str, Argument(help="A trait shipped with pvcore, or a .json file.")]
 Traits = Annotated[str | None, Option(help="Names or .json files, with commas; default: all.")]
 JudgeSpec = Annotated[
     str | None, Option(help="package.module:name or path/to/file.py:name; the world has its own.")
 ]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
-Coeff = Annotated[float, Option(help="Multiplier of the raw vectors.")]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
 DemoLayers = Annotated[str | None, Option(help="Layers to steer at; claims are on the last.")]
 Doses = Annotated[str | None, Option(help="Coefficients, 0 first, as in 0,1,2.")]
-System = Annotated[str | None, Option(help="System prompt.")]
-Length = Annotated[int, Option(help="Longest reply, in tokens.")]
-Batch = Annotated[int, Option(help="Chats that run together.")]
-Rollouts = Annotated[int, Option(help="Replies to each question under each prompt.")]
-Threshold = Annotated[float, Option(help="Score that parts kept from dropped.")]
-Temperature = Annotated[float, Option(help="Of sampling; 0 is greedy.")]
 Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
 Count = Annotated[int | None, Option(help="Default: a size that suits the model.")]
-Questions = Annotated[int | None, Option(help="Use only the first so many questions.")]
 Dtype = Annotated[str, Option(help="Number format to load the model in.")]
 Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
 Report = Annotated[Path, Option(help="The report to write.")]
 Record = Annotated[Path | None, Option(help="Write the figures there too, as JSON.")]
-VectorOut = Annotated[Path, Option(help="The vector file to write, .safetensors.")]
 Strict = Annotated[bool, Option("--strict", help="Enforce the world's claims on any model.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -105,205 +82,17 @@ def demo(
     """
     options = dict(locals())  # most are sizes of the workload, by the names of its fields
     require_places(out, record)
-    subject = _subject(model, judge, split_list(traits, str), dtype, device)
+    subject = subject_of(model, judge, split_list(traits, str), dtype, device)
     measured = _measured(subject, _workload(subject, options), strict)
     _publish(measured, out, record, as_json)
     if measured.failed:
         raise typer.Exit(1)
 
 
-@app.command()
-def extract(
-    model: Model,
-    trait: TraitName,
-    out: VectorOut,
-    judge: JudgeSpec = None,
-    layers: Layers = None,
-    questions: Questions = None,
-    rollouts: Rollouts = 1,
-    threshold: Threshold = 50.0,
-    max_new_tokens: Length = 64,
-    batch_size: Batch = 64,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Extract the vector of a trait from contrasting system prompts, and save it."""
-    from pvcore.extraction import extract as extract_vector
-
-    require_places(out)
-    subject = _subject(model, judge, (trait,), dtype, device)
-    examined = subject.traits[0]
-    result = extract_vector(
-        subject.model,
-        examined.trait,
-        judge=subject.judge,
-        layers=split_list(layers, int),
-        questions=examined.trait.extraction_questions[:questions],
-        rollouts=rollouts,
-        threshold=threshold,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        progress=True,
-    )
-    result.vector.save(out)
-    print_document({"file": str(out), **_extracted(result)}, as_json)
-
-
-@app.command()
-def steer(
-    model: Model,
-    prompts: Prompts,
-    vector: VectorFiles,
-    coeff: Coeff,
-    layers: Layers = None,
-    system: System = None,
-    max_new_tokens: Length = 200,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Reply with vectors added to the residual stream. Name few layers: by default it is all."""
-    from pvcore.interventions import Add
-
-    add = Add(_vectors(vector), coeff=coeff, layers=split_list(layers, int))
-    hooked = _model(model, dtype, device)
-    with hooked.steer(add):
-        replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
-    rows = [
-        {"prompt": prompt, "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)
-    ]
-    print_document({"replies": rows}, as_json)
-
-
-@app.command()
-def monitor(
-    model: Model,
-    prompts: Prompts,
-    vector: VectorFiles,
-    layers: Layers = None,
-    system: System = None,
-    max_new_tokens: Length = 200,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Reply, and report the projection on each vector before the reply and its mean over it."""
-    from pvcore.vectors import VectorBank
-
-    bank = VectorBank(_vectors(vector), layers=split_list(layers, int))
-    hooked = _model(model, dtype, device)
-    with hooked.monitor(bank) as seen:
-        replies = _replies(hooked, prompts, system, max_new_tokens, temperature, seed)
-    rows = [
-        {"prompt": prompt, "reply": reply, "projections": _projections(seen, chat)}
-        for chat, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
-    ]
-    print_document({"replies": rows}, as_json)
-
-
-def _extracted(result: "Extraction") -> dict[str, Any]:
-    return {
-        "trait": result.vector.trait,
-        "kept": result.kept,
-        "dropped": result.dropped,
-        "reasons": dict(result.reasons),
-        "layers": [asdict(layer) | {"site": str(layer.site)} for layer in result.layers],
-    }
-
-
-def _projections(seen: "Seen", chat: int) -> dict[str, Any]:
-    return {
-        f"{trait} {site}": {
-            "last_prompt_token": seen[trait].last_prompt_token[place, chat].item(),
-            "reply_mean": seen[trait].steps[:, place, chat].nanmean().item(),
-        }
-        for trait in seen.traits
-        for place, site in enumerate(seen.sites)
-    }
-
-
-def _replies(
-    model: "HookedModel",
-    prompts: Sequence[str],
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[str]:
-    from pvcore.extraction import sample_replies
-
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return sample_replies(
-        model,
-        [[*first, {"role": "user", "content": prompt}] for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=len(prompts),
-        seed=seed,
-    )
-
-
-def _model(name: str, dtype: str, device: str | None) -> "HookedModel":
-    import torch
-
-    from pvcore.model import HookedModel
-    from pvcore.world.demo_subject import world_model
-
-    _prepare(name)
-    if name == WORLD:
-        return world_model()
-    place = device or ("cuda" if torch.cuda.is_available() else None)
-    try:
-        return HookedModel.from_pretrained(name, dtype=dtype, device_map=place)
-    except PvcoreError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"got model {name!r}, which cannot be loaded ({error}); wanted a name on the hub or a "
-            "folder that transformers can load, a dtype such as bfloat16 and a device it can use"
-        ) from error
-
-
-def _subject(
-    model: str,
-    judge: str | None,
-    traits: tuple[str, ...] | None,
-    dtype: str,
-    device: str | None,
-) -> "Subject":
-    from pvcore.judge import load_judge
-    from pvcore.traits import Trait
-    from pvcore.world.demo_subject import own_subject, world_subject
-
-    if model == WORLD and judge is None:
-        _prepare(model)
-        return world_subject(traits)
-    if judge is None:
-        raise JudgeFailure(
-            f"got no judge for {model!r}; wanted one that scores its replies. "
-            "Give --judge package.module:name or --judge path/to/file.py:name"
-        )
-    scorer = load_judge(judge)
-    described = [Trait.load(name) for name in traits or Trait.names()]
-    return own_subject(_model(model, dtype, device), scorer, described)
-
-
-def _prepare(model: str) -> None:
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if model == WORLD:
-        # Matrices this small gain nothing from a second thread, and where cores are shared the
-        # threads' waiting for each other makes a run ten times as long.
-        torch.set_num_threads(1)
+app.command()(extract)
+app.command()(steer)
+app.command()(monitor)
+app.command()(flag)
 
 
 def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":
@@ -347,7 +136,6 @@ def _publish(measured: "DemoRecord", out: Path, record: Path | None, as_json: bo
         console.print(f"Report: {out}", highlight=False)
 
 
-def _vectors(paths: Sequence[Path]) -> "list[PersonaVector]":
-    from pvcore.vectors import PersonaVector
-
-    return [PersonaVector.load(path) for path in paths]
+app.command()(convert)
+app.command()(doctor)
+app.command()(shift)

@@ -42,10 +42,15 @@ def print_document(document: dict[str, Any], as_json: bool) -> None:
 def _lines(value: Any, indent: str = "") -> Iterator[str]:
     """A document as indented lines of `name: value`."""
     for name, entry in value.items():
-        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
+        if isinstance(entry, list) and not any(isinstance(part, dict) for part in entry):
+            yield f"{indent}{name}: {', '.join(map(_shown, entry)) or 'none'}"
+        elif isinstance(entry, dict | list):
             yield f"{indent}{name}:"
             for part in entry if isinstance(entry, list) else [entry]:
                 yield from _lines(part, indent + "  ")
         else:
-            shown = number(entry) if isinstance(entry, float) else entry
-            yield f"{indent}{name}: {shown}"
+            yield f"{indent}{name}: {_shown(entry)}"
+
+
+def _shown(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)

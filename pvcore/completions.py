@@ -18,14 +18,15 @@ from pvcore.errors import CompletionError, CompletionRefused
 
 T = TypeVar("T")
 Settings = Mapping[str, object]
+Messages = Sequence[Mapping[str, str]]
 _POLICY_CODES = ("content_filter", "content_policy_violation")
 
 
 @runtime_checkable
 class Ask(Protocol):
-    """Asks a server one prompt under the settings of a chat completion."""
+    """Asks a server a prompt, or the messages of a chat, under settings of a chat completion."""
 
-    async def __call__(self, prompt: str, **settings: object) -> Reply: ...
+    async def __call__(self, prompt: str | Messages, **settings: object) -> Reply: ...
 
 
 Job = Callable[[Ask], Awaitable[T]]
@@ -133,10 +134,11 @@ class _Asking:
         self._answers = answers
         self._under_way: dict[str, asyncio.Task[Record]] = {}
 
-    async def __call__(self, prompt: str, **settings: object) -> Reply:
+    async def __call__(self, prompt: str | Messages, **settings: object) -> Reply:
+        alone = isinstance(prompt, str)
         question: dict[str, object] = {
             "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt}] if alone else list(prompt),
             **settings,
         }
         key = key_of(question)

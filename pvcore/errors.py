@@ -77,6 +77,26 @@ class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
 
 
+class StatisticsError(PvcoreError):
+    """A statistic asked of numbers that do not have it."""
+
+
+class ExportError(PvcoreError):
+    """What was seen cannot be written where, or as, it was asked for."""
+
+
+class CalibrationError(PvcoreError):
+    """A calibration that cannot be made, or that a vector does not have."""
+
+
+class WorkError(PvcoreError):
+    """A work folder that belongs to another run, or that cannot be used."""
+
+
+class SelectionError(PvcoreError):
+    """A steering sweep in which there is nothing to choose."""
+
+
 class SourceError(PvcoreError):
     """A file or data set of conversations that cannot be read."""
 

@@ -186,17 +186,19 @@ class GraphEngine:
         call: Call,
         setting: Callable[[str], Any],
         paced: bool,
+        streams: bool,
         **settings: Any,
     ) -> Any:
         """What `hf.generate(**settings)` gives. `setting` looks a setting up as it will be used.
 
+        `paced` has every step's scores at once; one that `streams` waits for its consumer.
         `HookError` where the decode steps did not all run as armed.
         """
         _refuse_model(self.hf)
         _refuse_settings(setting)
         graph = graph.on(self.hf.device)
         session = session_on(self.taps.key)
-        with self.taps.turn.taken("stream" if paced else "generation"), ExitStack() as stack:
+        with self.taps.turn.taken("stream" if streams else "generation"), ExitStack() as stack:
             stack.callback(setattr, self.taps, "resident", None)
             meeting = _Meeting(session.expected if session else ())
             if session:
@@ -290,6 +292,8 @@ class _Generation:
             self._begin(inputs["input_ids"].device)
         assert self._step is not None
         assert self._transport is not None
+        for move in self._step.resident.dialled:
+            move.turn(self._call)
         output = self._step(inputs)
         self._transport.step()
         return output

@@ -165,7 +165,7 @@ def judge_all(
     asked = _checked_pairs(pairs)
     rows: dict[int, Judgement] = {}
     n_failed = 0
-    with closing(_judged(judge, trait, asked)) as judged:
+    with closing(judge_each(judge, trait, asked)) as judged:
         for index, row in _shown(judged, trait, len(asked)) if progress else judged:
             rows[index] = row
             n_failed += row.failure is not None
@@ -224,7 +224,7 @@ def _checked_pairs(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], .
     return asked
 
 
-def _judged(
+def judge_each(
     judge: Judge, trait: str, asked: Sequence[tuple[str, str]]
 ) -> Generator[tuple[int, Judgement], None, None]:
     """Every row once, in the order they are done; what the judge says is checked here."""

@@ -62,6 +62,11 @@ class ApiJudge:
     def __repr__(self) -> str:
         return f"ApiJudge({self._completions.model!r})"
 
+    @property
+    def identity(self) -> str:
+        """What decides its scores: the model it asks."""
+        return self._completions.model
+
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""
         prompt = self._rubrics.trait(trait, question, answer)

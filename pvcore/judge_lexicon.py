@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from pvcore.errors import TraitError
+from pvcore.fingerprints import of_text
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
@@ -23,6 +24,11 @@ class LexiconJudge:
         if not lexicons:
             raise TraitError("got no lexicon; wanted words for at least one trait. Name some")
         self._lexicons = {trait: _lexicon(trait, words) for trait, words in lexicons.items()}
+
+    @property
+    def identity(self) -> str:
+        """What decides its scores: its words."""
+        return of_text({trait: sorted(words) for trait, words in self._lexicons.items()})
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """100 times the share of sentences holding a word of the trait's lexicon."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from pvcore import fingerprints
 from pvcore.chats import encode, pad_id
 from pvcore.errors import ChatError, JudgeFailure
 from pvcore.grading import Rubrics, weighted_score
@@ -56,6 +57,11 @@ class LocalJudge:
         self._batch_size = batch_size
         self._head, paths = _written_numbers(self._tokenizer)
         self._trie = _Trie(paths)
+
+    @property
+    def identity(self) -> str:
+        """What decides its scores: its weights and its tokenizer."""
+        return f"{fingerprints.of_weights(self._hf)} {fingerprints.of_tokenizer(self._tokenizer)}"
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""

@@ -194,9 +194,9 @@ class Seen:
         """Scores of decode steps that an engine made without coming past `take`."""
         self._records[call].steps.extend(steps.unbind(0))
 
-    def newest(self) -> Float[Tensor, "site batch n_vec"]:
-        """Scores of the step just made by the call that runs now."""
-        record = next(reversed(self._records.values()))
+    def newest(self, call: Call | None = None) -> Float[Tensor, "site batch n_vec"]:
+        """Scores of the step just made by a call, or by the one that runs now."""
+        record = next(reversed(self._records.values())) if call is None else self._records[call]
         self._score_waiting(record)
         return record.newest(self.sites)
 

@@ -136,11 +136,21 @@ class Taps(Tapped):
         self,
         programs: Mapping[Site, SiteProgram],
         *,
-        row_counts: frozenset[int],
         lapsed: Callable[[], bool],
+        readers: Sequence[Reader] = (),
+        row_counts: frozenset[int] = frozenset(),
     ) -> Callable[[], None]:
-        """Arm programs that act with gradients on until `lapsed`, or until the result is called."""
-        return hold_session(self._session(programs, row_counts=row_counts, lapsed=lapsed), self.key)
+        """Arm programs that act with gradients on until `lapsed`, or until the result is called.
+
+        Readers are held in every forward.
+        """
+        session = self._session(programs, readers, row_counts, lapsed=lapsed)
+        release = ExitStack()
+        if readers:
+            ARMINGS.count(1)
+            release.callback(ARMINGS.count, -1)
+        release.callback(hold_session(session, self.key))
+        return release.close
 
     def _session(
         self,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import pvcore as pv
-from pvcore import extraction
-from pvcore.errors import ExtractionError, JudgeFailure
+from pvcore.errors import ChatError, ExtractionError, JudgeFailure, SiteError
 from pvcore.extraction import Extraction, Rollout, extract, pairwise_filter, sample_replies
+from pvcore.rollouts import Turn
 from pvcore.traits import ContrastPair
 from tests.families import MAX_POSITIONS, N_LAYERS, build, tokenizer
 
@@ -190,6 +190,7 @@ def test_the_vector_says_where_it_comes_from(tmp_path: Path) -> None:
     assert source.thresholds == {"trait": 50.0, "coherence": 50.0}
     assert (source.judge, source.kept, source.dropped) == ("Letters", result.kept, result.dropped)
     assert source.seeds == (0,)
+    assert source.note.endswith("judged 64 of 64, failed 0 (refused 0)")
     assert len(source.prompt_hash) == 64
     assert source.prompt_hash != run(questions=QUESTIONS[::-1]).vector.provenance.prompt_hash
     vector.save(tmp_path / "evil.safetensors")
@@ -250,21 +251,36 @@ def with_merge(text: str) -> Any:
     return plain
 
 
-def test_replies_that_cannot_be_read_are_dropped_with_their_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Written:
+    """Replies known beforehand, in the order of the turns; None is declined."""
+
+    identity: ClassVar = {"writer": "a test"}
+
+    def __init__(self, replies: Sequence[str | None]) -> None:
+        self.replies = list(replies)
+
+    def write(self, turns: Sequence[Turn], *, batch: int) -> list[str | None]:
+        return [self.replies.pop(0) for _ in turns]
+
+
+def test_replies_that_cannot_be_read_are_dropped_with_their_reason() -> None:
     model = pv.HookedModel(build("qwen2"), with_merge("\nz"), model_id="tiny/qwen2")
-    positive = ["yes", "yes, yes", "yes", " \n", "zest", "yes", "yes" * MAX_POSITIONS]
-    negative = ["no", "no, no", "", "no", "no", "no", "no"]
-    monkeypatch.setattr(extraction, "sample_replies", lambda *_, **__: positive + negative)
+    positive = ["yes", "yes, yes", "yes", " \n", "zest", "yes", "yes" * MAX_POSITIONS, None]
+    negative = ["no", "no, no", "", "no", "no", "no", "no", "no"]
     result = extract(
-        model, TRAIT, judge=YesOrNo(), system_prompts=PROMPTS[:1], questions=QUESTIONS[:7]
+        model,
+        TRAIT,
+        judge=YesOrNo(),
+        system_prompts=PROMPTS[:1],
+        questions=QUESTIONS[:8],
+        writer=Written(positive + negative),
     )
     assert result.reasons == {
         "empty reply": 2,
         "reply too long for the model": 1,
         "reply whose tokens cannot be told from the prompt's": 1,
-        "its counterpart was dropped": 4,
+        "the writer declined": 1,
+        "its counterpart was dropped": 5,
     }
     assert result.kept == 6
     unread = [r for r in result.rollouts if r.dropped and "counterpart" not in r.dropped]
@@ -285,12 +301,17 @@ class YesOrNo:
         return 100.0
 
 
-def test_a_failed_judgement_drops_its_pair_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_judgement_drops_its_pair_and_is_counted() -> None:
     replies = ["yes"] * 5 + [YesOrNo.unjudged] + ["no", "no, no"] * 3
-    monkeypatch.setattr(extraction, "sample_replies", lambda *_, **__: replies)
     result = extract(
-        fresh_model(), TRAIT, judge=YesOrNo(), system_prompts=PROMPTS[:1], questions=QUESTIONS[:6]
+        fresh_model(),
+        TRAIT,
+        judge=YesOrNo(),
+        system_prompts=PROMPTS[:1],
+        questions=QUESTIONS[:6],
+        writer=Written(replies),
     )
+    assert result.judgements.counts == "judged 11 of 12, failed 1 (refused 0)"
     assert result.reasons == Counter({"the judge failed": 1, "its counterpart was dropped": 1})
     assert result.kept == 10
 
@@ -303,6 +324,8 @@ def test_a_failed_judgement_drops_its_pair_and_is_counted(monkeypatch: pytest.Mo
         ({"questions": ()}, "got 2 pairs of system prompts, 0 questions"),
         ({"system_prompts": ()}, "got 0 pairs of system prompts"),
         ({"batch_size": 0}, "got batch_size=0"),
+        ({"resamples": -1}, "resamples=-1"),
+        ({"threshold": math.nan}, "got 0 of 32 pairs kept"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
@@ -313,7 +336,30 @@ def test_what_gives_no_vector_is_one_typed_error(settings: dict[str, Any], compl
         run(**settings)
 
 
-def test_no_readable_reply_is_one_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "sample_replies", lambda _, chats, **__: [""] * len(chats))
+def test_what_cannot_be_is_refused_before_anything_is_sampled() -> None:
+    untouched = Written([])
+    with pytest.raises(SiteError, match=r"got site resid_post\.99; this qwen2 model has 3 blocks"):
+        run(writer=untouched, layers=[99])
+    with pytest.raises(ExtractionError, match="resamples=-1"):
+        run(writer=untouched, resamples=-1)
+    with pytest.raises(ChatError, match="got no tokenizer"):
+        run(pv.HookedModel(build("qwen2"), None, model_id="tiny/qwen2"))
+
+
+@pytest.mark.parametrize("seed", [-3, 2**70])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    assert run(seed=seed).vector.provenance.seeds == (seed,)
+
+
+def test_no_readable_reply_is_one_typed_error() -> None:
     with pytest.raises(ExtractionError, match=r"got no readable reply among 64.*empty reply"):
-        run()
+        run(writer=Written([""] * 64))
+
+
+def test_a_writer_that_leaves_a_turn_out_is_one_typed_error() -> None:
+    class Lazy(Written):
+        def write(self, turns: Sequence[Turn], *, batch: int) -> list[str | None]:
+            return super().write(turns[1:], batch=batch)
+
+    with pytest.raises(ExtractionError, match="got 23 replies to 24 turns from Lazy"):
+        run(writer=Lazy(["yes"] * 64))

@@ -18,6 +18,19 @@ Bound = Float[Tensor, "*#rows 1"] | float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Opens a step on the rows whose projection on the vector at `index` passes `bound`.
+
+    The projection is the one the step finds. `sign` is 1 where it has to lie above the bound, -1
+    where below. Gradients take the rows that pass as given.
+    """
+
+    index: int
+    sign: float
+    bound: Float[Tensor, "*#rows 1"] | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AddStep:
     """Add `shift` to the coefficients of the unit rows.
 
@@ -26,6 +39,7 @@ class AddStep:
 
     shift: Float[Tensor, "*#rows n_vec"]
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +49,7 @@ class AblateStep:
     index: tuple[int, ...]
     gram_inverse: Float[Tensor, "n_step n_step"]
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +61,7 @@ class CapStep:
     low: Bound = None
     high: Bound = None
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 Step = AddStep | AblateStep | CapStep
@@ -143,8 +159,19 @@ def coefficients(
             joint = _wanted_change(step, now[..., index]) @ step.gram_inverse
             change = torch.zeros_like(scores)
             change[..., index] = joint
+        if step.gates:
+            change = change * opened(step.gates, scores + total @ gram)
         total = total + (change if step.mask is None else change * step.mask)
     return total
+
+
+def opened(gates: Sequence[Gate], now: Float[Tensor, "*rows n_vec"]) -> Float[Tensor, "*rows 1"]:
+    """1 on the rows that pass every gate, 0 on the others; constant for autograd."""
+    passed = torch.ones_like(now[..., :1], dtype=torch.bool)
+    for gate in gates:
+        bound = torch.as_tensor(gate.bound, dtype=now.dtype, device=now.device)
+        passed = passed & (gate.sign * (now[..., gate.index : gate.index + 1] - bound) > 0)
+    return passed.to(now.dtype)
 
 
 def intervene(

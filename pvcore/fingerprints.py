@@ -1,0 +1,40 @@
+"""Fingerprints: short texts that change when a model or another thing of consequence does."""
+
+import json
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+_SAMPLED = 256  # numbers of each weight: training moves them all, and 7e9 take a while to hash
+
+
+def of_text(content: object) -> str:
+    """A fingerprint of anything that JSON can hold."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def of_weights(hf: Any) -> str:
+    """A fingerprint of a model: its configuration, and evenly spaced numbers of every weight.
+
+    Two models that differ in numbers that are not among these look alike.
+    """
+    config = hf.config.to_dict()
+    for passing in ("_name_or_path", "transformers_version"):
+        config.pop(passing, None)
+    digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in hf.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if not weight.is_meta and weight.numel():
+            flat = weight.detach().reshape(-1)
+            chosen = flat[:: max(1, flat.numel() // _SAMPLED)]
+            digest.update(chosen.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """A fingerprint of how chats become tokens: the template and the vocabulary."""
+    if tokenizer is None:
+        return "none"
+    template = getattr(tokenizer, "chat_template", None)
+    return of_text([str(template), sorted(tokenizer.get_vocab().items())])

@@ -1,0 +1,46 @@
+"""Fingerprints change with what they stand for, and with nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from pvcore import fingerprints
+from tests.families import build, tokenizer
+
+
+def test_the_fingerprint_of_weights_is_of_the_numbers() -> None:
+    first, same, other = build("qwen2"), build("qwen2"), build("qwen2", seed=1)
+    assert fingerprints.of_weights(first) == fingerprints.of_weights(same)
+    assert fingerprints.of_weights(first) != fingerprints.of_weights(other)
+
+
+def test_one_weight_moved_by_training_shows() -> None:
+    hf = build("qwen2")
+    before = fingerprints.of_weights(hf)
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight += 1e-4
+    assert fingerprints.of_weights(hf) != before
+
+
+def test_configuration_and_precision_show_and_the_place_of_the_files_does_not() -> None:
+    hf = build("qwen2")
+    before = fingerprints.of_weights(hf)
+    hf.config._name_or_path = "elsewhere"
+    assert fingerprints.of_weights(hf) == before
+    hf.config.rms_norm_eps = 0.5
+    assert fingerprints.of_weights(hf) != before
+    assert fingerprints.of_weights(build("qwen2", dtype=torch.bfloat16)) != before
+
+
+def test_the_fingerprint_of_a_tokenizer_is_of_template_and_vocabulary() -> None:
+    plain = tokenizer()
+    before = fingerprints.of_tokenizer(plain)
+    assert fingerprints.of_tokenizer(tokenizer()) == before
+    assert fingerprints.of_tokenizer(tokenizer(template="{{ messages }}")) != before
+    plain.add_tokens(["grim"])
+    assert fingerprints.of_tokenizer(plain) != before
+
+
+def test_the_fingerprint_of_text_knows_no_order_of_names() -> None:
+    assert fingerprints.of_text({"a": 1, "b": [2]}) == fingerprints.of_text({"b": [2], "a": 1})
+    assert fingerprints.of_text({"a": 1}) != fingerprints.of_text({"a": 2})
