@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench study report test-triton-3.6.0 test-gpu bench-gpu tune-gpu
+.PHONY: demo test check bench study report test-browser test-scan test-triton-3.6.0 test-gpu bench-gpu tune-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -17,6 +17,10 @@ demo: $(CORE)
 test: check
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# Needs a Chromium of the system's; without one its tests are skipped, with that reason.
+test-browser: $(TESTS)
+	@$(BIN)/python -m pytest -q -m browser tests/test_browser.py
 
 check: $(TESTS)
 	@$(BIN)/ruff format --check --quiet .
@@ -70,3 +74,8 @@ test-triton-$(OLD_TRITON): $(TESTS)
 	@test -d .venv/triton-$(OLD_TRITON) || $(INSTALL) --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	@PYTHONPATH=.venv/triton-$(OLD_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
 	@PYTHONPATH=.venv/triton-$(OLD_TRITON) $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/test_aot.py
+
+# Scans on Ray Data, which is half a gigabyte: beside the environment, in the versions of it.
+test-scan: $(TESTS)
+	@test -d .venv/scan || $(INSTALL) -c constraints.txt --target .venv/scan "ray[data]==2.60.*"
+	@PYTHONPATH=.venv/scan $(BIN)/python -m pytest -q tests/test_cluster.py

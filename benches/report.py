@@ -20,7 +20,7 @@ from pvcore.files import write_whole
 
 KNOWN = (
     *("overhead", "compiled", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training"),
-    *("pooling", "demo", "extraction", "study"),
+    *("pooling", "flagging", "flags", "million", "kills", "demo", "extraction", "study"),
 )
 # Records that are no measurements of speed have tables of their own.
 OWN = {"demo": demo_summary, "extraction": extraction_summary, "study": study_summary}

@@ -13,7 +13,11 @@ from rich.markdown import Markdown
 from benches import (
     compiled,
     extraction,
+    flagging,
+    flags,
     kernels,
+    kills,
+    million,
     overhead,
     pooling,
     reading,
@@ -151,6 +155,57 @@ def run_extraction(quick: Quick = False, out: Out = None) -> None:
         console.print("wrote extraction.json")
     if not all(claim["passed"] for claim in made["claims"]) and not quick:
         raise typer.Exit(code=1)
+
+
+@app.command("flagging")
+def run_flagging(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
+    """A scan of training data beside a bare forward, and beside the paper's loop."""
+    settings = flagging.QUICK if quick else flagging.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command("flagging", quick, settings.rounds)
+    _finish(lambda: flagging.measure(settings, command=command), quick, out)
+
+
+@app.command("flags")
+def run_flags(quick: Quick = False, out: Out = None) -> None:
+    """Projections of data sets and rows, against what training on them does."""
+    settings = flags.QUICK if quick else flags.Settings()
+    _finish(lambda: flags.measure(settings, command=_counted("flags", quick, {})), quick, out)
+
+
+@app.command("million")
+def run_million(
+    quick: Quick = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="Conversations to scan.")] = None,
+    out: Out = None,
+) -> None:
+    """A scan of a million conversations: every row once, memory and open files flat."""
+    settings = million.QUICK if quick else million.Settings()
+    if rows is not None:
+        settings = replace(settings, rows=rows)
+    command = _counted("million", quick, {"--rows": settings.rows})
+    _finish(lambda: million.measure(settings, command=command), quick, out)
+
+
+@app.command("kills")
+def run_kills(
+    quick: Quick = False,
+    points: Annotated[int | None, typer.Option(min=1, help="Kill points.")] = None,
+    out: Out = None,
+) -> None:
+    """A scan killed at every write, and what is left of it when it has gone on."""
+    settings = kills.QUICK if quick else kills.Settings()
+    if points is not None:
+        settings = replace(settings, points=points)
+    command = _counted("kills", quick, {"--points": settings.points})
+    _finish(lambda: kills.measure(settings, command=command), quick, out)
+
+
+def _counted(name: str, quick: bool, sizes: dict[str, int]) -> str:
+    """What to type to measure the same again, where there are no rounds."""
+    words = ["python -m benches.run", name, *(["--quick"] if quick else [])]
+    return " ".join([*words, *(f"{option} {size}" for option, size in sizes.items())])
 
 
 def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:

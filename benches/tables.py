@@ -20,8 +20,11 @@ def figure(cell: Cell) -> str:
 
 
 def summary(record: Record) -> str:
-    """All cells, group by group, with what they are and where they were measured."""
-    parts = [_what(record)]
+    """All cells, group by group, with what they are and where they were measured.
+
+    A record without cells shows its checks, which are then the claims themselves.
+    """
+    parts = [_what(record), *_figures(record)]
     for group, rows in _groups(record).items():
         columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
         targets = any(cell.target is not None for cells in rows.values() for cell in cells.values())
@@ -36,6 +39,8 @@ def summary(record: Record) -> str:
     failed = [cell for cell in record.cells.values() if cell.status == "failed"]
     reasons = dict.fromkeys(cell.reason for cell in failed if cell.reason)
     parts += [f"No figures, because a check failed: {reason}." for reason in reasons]
+    if not record.cells:
+        parts.append(_claims(record))
     parts.append(_where(record))
     return "\n\n".join(parts)
 
@@ -63,9 +68,37 @@ def _groups(record: Record) -> dict[str, dict[str, dict[str, Cell]]]:
 
 
 def _what(record: Record) -> str:
-    rest = ", ".join(f"{key} {value}" for key, value in record.workload.items() if key != "ratio")
-    what = str(record.workload.get("ratio", "ratios"))
-    return f"{what[:1].upper()}{what[1:]}: median (p20 to p80). {rest[:1].upper()}{rest[1:]}."
+    plain = {key: value for key, value in record.workload.items() if not _is_figure(key)}
+    rest = ", ".join(f"{key} {value}" for key, value in plain.items() if key != "ratio")
+    what = str(plain.get("ratio", "ratios"))
+    spread = ": median (p20 to p80)" if record.cells else ""
+    return f"{what[:1].upper()}{what[1:]}{spread}. {rest[:1].upper()}{rest[1:]}."
+
+
+def _is_figure(key: str) -> bool:
+    """Whether an entry of the workload is a figure, labelled `group/row/column` as cells are."""
+    return key.count("/") == 2
+
+
+def _figures(record: Record) -> list[str]:
+    groups: dict[str, dict[str, dict[str, str]]] = {}
+    for key, value in record.workload.items():
+        if _is_figure(key):
+            group, row, column = key.split("/")
+            groups.setdefault(group, {}).setdefault(row, {})[column] = str(value)
+    found = []
+    for group, rows in groups.items():
+        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        lines = [[row, *(cells.get(name, "") for name in columns)] for row, cells in rows.items()]
+        found.append(table([group, *columns], lines))
+    return found
+
+
+def _claims(record: Record) -> str:
+    lines = [
+        [name, f"{check.worst:g}", f"≤ {check.bound:g}"] for name, check in record.checks.items()
+    ]
+    return table(["claim", "measured", "wanted"], lines)
 
 
 def _where(record: Record) -> str:
@@ -80,7 +113,8 @@ def _where(record: Record) -> str:
         commit=record.commit,
         command=record.command,
     )
-    return f"Checks passed before timing: {passed} of {len(record.checks)}. {line}"
+    what = "Checks passed before timing" if record.cells else "Claims that hold"
+    return f"{what}: {passed} of {len(record.checks)}. {line}"
 
 
 def _short(commit: str) -> str:

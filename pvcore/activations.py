@@ -14,7 +14,7 @@ from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.moments import Moments
-from pvcore.sessions import ForwardStopped, Take
+from pvcore.sessions import ForwardStopped, Reader, Take
 from pvcore.sites import Site
 from pvcore.spans import Span
 from pvcore.taps import Taps
@@ -194,6 +194,32 @@ class Reading:
         return Activations(
             values=values, sites=self.sites, span=span, lengths=lengths, moments=moments
         )
+
+
+def run_to_deepest(
+    hf: nn.Module,
+    taps: Taps,
+    reader: Reader,
+    ids: Int[Tensor, "batch pos"],
+    lengths: Sequence[int],
+    prompts: Sequence[int],
+    device: torch.device,
+) -> None:
+    """One forward of rows padded on the right that ends at the reader's deepest site.
+
+    No attention mask: causal attention never reaches padding that comes after a row's own tokens,
+    and without a mask it takes its fastest path.
+    """
+    call = Call(
+        rows=torch.arange(len(ids)),
+        n_chats=len(ids),
+        mask=torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None],
+        last=torch.tensor(prompts) - 1,
+        generating=False,
+    )
+    arming = taps.armed({}, readers=[reader], stop_at=max(reader.sites))
+    with arming, taps.calling(call), torch.no_grad(), contextlib.suppress(ForwardStopped):
+        hf(input_ids=ids.to(device, non_blocking=True), use_cache=False)
 
 
 def check_reduction(reduce: str) -> Reduction:

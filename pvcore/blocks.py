@@ -1,11 +1,13 @@
 """Where a Hugging Face decoder keeps its residual stream: its blocks and the norms inside them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from pvcore.errors import ModelError, SiteError
+from pvcore.errors import ChatError, ModelError, SiteError
 from pvcore.sites import Site
 
 # The norm whose input is the residual between attention and MLP, by family. Names alone do not
@@ -152,3 +154,32 @@ def _no_mid(config: Any) -> str:
     if family == "bloom" and config.apply_residual_connection_post_layernorm:
         return "carry the residual on from inside the norm"
     return ""
+
+
+def input_device(hf: Any) -> torch.device:
+    """Where token ids go: the embedding's device, also when later blocks live elsewhere."""
+    embedding = hf.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type != "meta":
+        return device
+    # Offloaded weights sit on "meta" until accelerate brings them to the device of the hook.
+    hook = getattr(embedding, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def max_length(hf: Any) -> int | None:
+    """How many positions a model has, where its configuration says so."""
+    config = hf.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def require_embedded(hf: Any, token_ids: Sequence[Sequence[int]]) -> None:
+    """`ChatError` for a token that the model has no embedding of."""
+    size = len(hf.get_input_embeddings().weight)
+    for index, ids in enumerate(token_ids):
+        if max(ids) >= size:
+            raise ChatError(
+                f"chat {index}: got token id {max(ids)}; this model embeds {size} tokens: use the "
+                "tokenizer that belongs to it"
+            )

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from pvcore.cli_convert import convert
 from pvcore.cli_doctor import doctor
 from pvcore.cli_extract import extract, steer
-from pvcore.cli_models import WORLD, model_of, replies_to, subject_of, vectors_at
-from pvcore.cli_output import print_document, require_places, split_list
+from pvcore.cli_flag import flag
+from pvcore.cli_models import WORLD, subject_of
+from pvcore.cli_monitor import monitor
+from pvcore.cli_output import require_places, split_list
 from pvcore.cli_shift import shift
 
 if TYPE_CHECKING:
-    from pvcore.monitor import Seen
     from pvcore.world.demo_record import DemoRecord, Workload
     from pvcore.world.demo_subject import Subject
 
@@ -35,27 +36,15 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 
-Model = Annotated[
-    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
-]
 OwnModel = Annotated[str, Option(help="Name or folder of a chat model of one's own.")]
-Prompts = Annotated[list[str], Argument(help="User messages, each a chat of its own.")]
 Traits = Annotated[str | None, Option(help="Names or .json files, with commas; default: all.")]
 JudgeSpec = Annotated[
     str | None, Option(help="package.module:name or path/to/file.py:name; the world has its own.")
 ]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
 DemoLayers = Annotated[str | None, Option(help="Layers to steer at; claims are on the last.")]
 Doses = Annotated[str | None, Option(help="Coefficients, 0 first, as in 0,1,2.")]
-System = Annotated[str | None, Option(help="System prompt.")]
-Length = Annotated[int, Option(help="Longest reply, in tokens.")]
-Batch = Annotated[int, Option(help="Chats that run together.")]
-Rollouts = Annotated[int, Option(help="Replies to each question under each prompt.")]
-Temperature = Annotated[float, Option(help="Of sampling; 0 is greedy.")]
 Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
 Count = Annotated[int | None, Option(help="Default: a size that suits the model.")]
-Questions = Annotated[int | None, Option(help="Use only the first so many questions.")]
 Dtype = Annotated[str, Option(help="Number format to load the model in.")]
 Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
 Report = Annotated[Path, Option(help="The report to write.")]
@@ -102,45 +91,8 @@ def demo(
 
 app.command()(extract)
 app.command()(steer)
-
-
-@app.command()
-def monitor(
-    model: Model,
-    prompts: Prompts,
-    vector: VectorFiles,
-    layers: Layers = None,
-    system: System = None,
-    max_new_tokens: Length = 200,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Reply, and report the projection on each vector before the reply and its mean over it."""
-    from pvcore.vectors import VectorBank
-
-    bank = VectorBank(vectors_at(vector), layers=split_list(layers, int))
-    hooked = model_of(model, dtype, device)
-    with hooked.monitor(bank) as seen:
-        replies = replies_to(hooked, prompts, system, max_new_tokens, temperature, seed)
-    rows = [
-        {"prompt": prompt, "reply": reply, "projections": _projections(seen, chat)}
-        for chat, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
-    ]
-    print_document({"replies": rows}, as_json)
-
-
-def _projections(seen: "Seen", chat: int) -> dict[str, Any]:
-    return {
-        f"{trait} {site}": {
-            "last_prompt_token": seen[trait].last_prompt_token[place, chat].item(),
-            "reply_mean": seen[trait].steps[:, place, chat].nanmean().item(),
-        }
-        for trait in seen.traits
-        for place, site in enumerate(seen.sites)
-    }
+app.command()(monitor)
+app.command()(flag)
 
 
 def _workload(subject: "Subject", options: Mapping[str, Any]) -> "Workload":

@@ -77,6 +77,14 @@ class ExtractionError(PvcoreError):
     """An extraction that has nothing to average."""
 
 
+class StatisticsError(PvcoreError):
+    """A statistic asked of numbers that do not have it."""
+
+
+class ExportError(PvcoreError):
+    """What was seen cannot be written where, or as, it was asked for."""
+
+
 class CalibrationError(PvcoreError):
     """A calibration that cannot be made, or that a vector does not have."""
 
@@ -87,3 +95,11 @@ class WorkError(PvcoreError):
 
 class SelectionError(PvcoreError):
     """A steering sweep in which there is nothing to choose."""
+
+
+class SourceError(PvcoreError):
+    """A file or data set of conversations that cannot be read."""
+
+
+class FlagError(PvcoreError):
+    """A scan of training data that cannot be made, resumed or read as asked."""

@@ -4,6 +4,9 @@ import os
 import secrets
 from pathlib import Path
 
+# Long files are written in pieces, so that no single call holds the whole of one.
+PIECE = 1 << 20
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path` and move it there, so that no reader ever meets half a file.
@@ -19,4 +22,42 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Like `write_whole`, and once it returns not even a power cut takes the file back.
+
+    The rename itself is on the disk only when the folder is.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(file, view[:PIECE]) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system can (Windows keeps them by itself)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what writes that were killed have left behind in a folder."""
+    for draft in folder.glob(".*.tmp"):
         draft.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def _entry(plan: str, one: Intervention, site: Site) -> tuple[str, Tensor, float
     """Name, direction and bound of a cap at one site, where the format can hold it."""
     bound = one.max.at(site.layer) if isinstance(one, Cap) and one.max is not None else None
     fits = isinstance(one, Cap) and one.min is None and len(one.vectors) == 1
-    fits = fits and one.span == "all" and site.kind == "resid_post"
+    fits = fits and one.span == "all" and site.kind == "resid_post" and not one.when
     if not fits or not isinstance(bound, float):
         raise FormatError(
             f"got {type(one).__name__} at {site} in plan {plan!r}; a capping configuration holds "

@@ -54,8 +54,8 @@ class Outcome:
     lengths: Int[Tensor, " sequence"]
 
 
-# Under which a call keeps the columns its recurrent state has seen.
-_COUNTED = object()
+# Under which a call keeps the columns its recurrent state has seen, and its newest frame.
+_COUNTED, _NEWEST = object(), object()
 _NO_CALLS: Mapping[int, Call] = MappingProxyType({})
 _DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
 _FOREIGN: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_foreign", default=_NO_CALLS)
@@ -77,6 +77,7 @@ class Frame:
     __slots__ = (
         "_masks",
         "batch",
+        "cache",
         "call",
         "declared",
         "notes",
@@ -89,6 +90,7 @@ class Frame:
     def __init__(self, call: Call, batch: int, start: int, width: int, declared: bool) -> None:
         self.call, self.batch, self.start, self.width = call, batch, start, width
         self.declared = declared
+        self.cache: Any = None
         self.steady = width == 1 and start >= call.mask.shape[1]
         # Whether gradients of this forward will be asked for, as far as can be known.
         self.trains = False
@@ -158,8 +160,37 @@ def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Fram
             "contrastive decoding reorders rows: use greedy, sampling or beam search"
         )
     frame = Frame(call, batch, start, width, declared)
+    frame.cache = cache
+    if declared:
+        _check_columns(frame)
     frame.trains = training and torch.is_grad_enabled()
     return frame
+
+
+def _check_columns(frame: Frame) -> None:
+    """Whether a forward of a declared call goes on where the one before ended.
+
+    Prompt tuning brings columns of its own, and guidance runs forwards that are no steps: neither
+    can be told apart from the chats later on.
+    """
+    call = frame.call
+    end, before = frame.start + frame.width, call.steady.get(_NEWEST)
+    if before is None:
+        given = call.mask.shape[1]
+        if end > given:
+            raise HookError(
+                f"got a forward of {end} columns for chats of {given}; the model adds tokens of "
+                "its own (prompt or prefix tuning?), whose positions pvcore cannot tell apart"
+            )
+    elif frame.start != before.start + before.width and (
+        frame.start > 0 or frame.width != before.width + 1
+    ):
+        raise HookError(
+            f"got a forward over columns {frame.start} to {end} after one that ended at "
+            f"{before.start + before.width}; something runs forwards that are no steps of this "
+            "generation (guidance, a logits processor): run it with nothing armed, or take it out"
+        )
+    call.steady[_NEWEST] = frame
 
 
 def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
@@ -170,6 +201,7 @@ def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
         and frame.declared
         and tokens is not None
         and tokens.shape == (frame.batch, 1)
+        and given.get("past_key_values", given.get("cache_params")) is frame.cache
         and _DECLARED.get().get(owner) is frame.call
     )
 

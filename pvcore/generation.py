@@ -14,17 +14,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pvcore.chats import Batch
-from pvcore.errors import PlanError
+from pvcore.errors import ModelError, PlanError
 from pvcore.frames import Call, Outcome
 from pvcore.graph import Graph, GraphEngine
+from pvcore.guards import Guard
+from pvcore.sessions import session_on
 from pvcore.taps import Taps
 
 _OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
 # Decoding that feeds rows pvcore could not tell apart, or positions it takes back again.
 _UNORDERED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha")
 
-# Called after every token with all ids and each row's number of tokens.
-Watcher = Callable[[Tensor, Tensor], None]
+# Called after every token with the call, all ids and each row's number of tokens.
+Watcher = Callable[[Call, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +57,22 @@ class _Ends:
 
 
 class _Watch:
-    """A stopping criterion that hands every step to a watcher and never stops."""
+    """A stopping criterion: shows every step to guards and a watcher, and ends what they end."""
 
-    def __init__(self, watcher: Watcher, ends: _Ends) -> None:
-        self.watcher, self.ends = watcher, ends
+    def __init__(
+        self, call: Call, guards: Sequence[Guard], watcher: Watcher | None, ends: _Ends
+    ) -> None:
+        self.call, self.guards, self.watcher, self.ends = call, guards, watcher, ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.watcher(input_ids, self.ends.lengths)
-        return torch.zeros(len(input_ids), device=input_ids.device, dtype=torch.bool)
+        lengths = self.ends.lengths
+        for guard in self.guards:
+            guard.watch(self.call, lengths)
+        if self.watcher is not None:
+            self.watcher(self.call, input_ids, lengths)
+        for guard in self.guards:
+            self.ends.done |= guard.stopped(self.call)
+        return self.ends.done.to(input_ids.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +95,28 @@ class Request:
                 f"got {', '.join(ours)} as a generation setting; chats are the input, and pvcore "
                 "fills these in itself"
             )
+        if not hasattr(self.hf, "generation_config"):
+            raise ModelError(
+                f"got a {type(self.hf).__name__}, which has no head to generate with; load it with "
+                "AutoModelForCausalLM"
+            )
         unordered = [name for name in _UNORDERED if self._setting(name) is not None]
+        if self._setting("guidance_scale") not in (None, 1):
+            unordered.append("guidance_scale")
         if unordered and (self.graph is not None or self.taps.is_armed()):
             raise PlanError(
                 f"got {', '.join(unordered)} while a plan is armed or with engine='graph'; such "
-                "decoding takes positions back: use greedy, sampling or beam search"
+                "decoding takes positions back, or runs forwards that are no steps: use greedy, "
+                "sampling or beam search"
             )
 
     def _setting(self, name: str) -> Any:
         """A setting as transformers will see it: argument, given config, then the model's own."""
-        config = self.settings.get("generation_config") or self.hf.generation_config
-        return self.settings.get(name, getattr(config, name, None))
+        if name in self.settings:
+            return self.settings[name]
+        configs = (self.settings.get("generation_config"), self.hf.generation_config)
+        values = (getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
 
     @property
     def copies(self) -> int:
@@ -117,9 +138,10 @@ class Request:
             last=torch.full((chats * copies,), self.batch.ids.shape[1] - 1),
             generating=True,
         )
-        settings, ends = self._prepared(watcher, len(call.rows))
+        guards = self._guards(watcher is not None)
+        settings, ends = self._prepared(call, guards, watcher)
         with self.taps.calling(call) as outcomes:
-            output = self._generate(call, watcher is not None)(
+            output = self._generate(call, bool(guards), watcher is not None)(
                 input_ids=self.batch.ids.to(self.device),
                 attention_mask=self.batch.mask.long().to(self.device),
                 return_dict_in_generate=True,
@@ -137,15 +159,31 @@ class Request:
             sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist(), strict=True))
         )
 
-    def _generate(self, call: Call, paced: bool) -> Callable[..., Any]:
+    def _guards(self, streams: bool) -> list[Guard]:
+        """The armed guards that each token waits for; in a stream those are all with alarms."""
+        session = session_on(self.taps.key)
+        guards = [
+            reader
+            for reader in (session.readers if session else ())
+            if isinstance(reader, Guard) and (reader.acts or (streams and reader.sounds))
+        ]
+        if guards and (self._setting("num_beams") or 1) > 1:
+            raise PlanError(
+                "got beams under a monitor that acts on alarms: a beam is no reply until the "
+                "search ends; use greedy or sampling, or leave on_alarm out"
+            )
+        return guards
+
+    def _generate(self, call: Call, guarded: bool, streams: bool) -> Callable[..., Any]:
         if self.graph is None:
             generate: Callable[..., Any] = self.hf.generate
             return generate
         engine, graph = self.graph
-        return partial(engine.generate, graph, call, self._setting, paced)
+        paced = guarded or streams
+        return partial(engine.generate, graph, call, self._setting, paced, streams)
 
     def _prepared(
-        self, watcher: Watcher | None, n_rows: int
+        self, call: Call, guards: Sequence[Guard], watcher: Watcher | None
     ) -> tuple[dict[str, Any], _Ends | None]:
         """Settings for transformers, with the criteria that know where a row ended."""
         from transformers import StoppingCriteriaList
@@ -159,9 +197,10 @@ class Request:
         criteria = list(settings.pop("stopping_criteria", None) or ())
         beams = (self._setting("num_beams") or 1) > 1
         ends: _Ends | None = None
-        if not beams and (criteria or watcher or self._setting("stop_strings") is not None):
-            ends = _Ends([*criteria, *self._stop_strings()], self._end_ids, n_rows)
-            criteria = [ends] if watcher is None else [ends, _Watch(watcher, ends)]
+        watched = bool(guards) or watcher is not None
+        if not beams and (criteria or watched or self._setting("stop_strings") is not None):
+            ends = _Ends([*criteria, *self._stop_strings()], self._end_ids, len(call.rows))
+            criteria = [ends, _Watch(call, guards, watcher, ends)] if watched else [ends]
         if criteria:
             settings["stopping_criteria"] = StoppingCriteriaList(criteria)
         return settings, ends

@@ -186,17 +186,19 @@ class GraphEngine:
         call: Call,
         setting: Callable[[str], Any],
         paced: bool,
+        streams: bool,
         **settings: Any,
     ) -> Any:
         """What `hf.generate(**settings)` gives. `setting` looks a setting up as it will be used.
 
+        `paced` has every step's scores at once; one that `streams` waits for its consumer.
         `HookError` where the decode steps did not all run as armed.
         """
         _refuse_model(self.hf)
         _refuse_settings(setting)
         graph = graph.on(self.hf.device)
         session = session_on(self.taps.key)
-        with self.taps.turn.taken("stream" if paced else "generation"), ExitStack() as stack:
+        with self.taps.turn.taken("stream" if streams else "generation"), ExitStack() as stack:
             stack.callback(setattr, self.taps, "resident", None)
             meeting = _Meeting(session.expected if session else ())
             if session:
@@ -212,7 +214,7 @@ class GraphEngine:
 
         The `MAX_STRUCTURES` newest are kept; an older one compiles again when it comes back.
         """
-        key = (graph, plan.structure(), self._cache_key, device)
+        key = (graph, plan.structure(), self._cache_key, device, _hooks_on(self.hf))
         step = self._steps.pop(key, None)
         if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
@@ -290,6 +292,8 @@ class _Generation:
             self._begin(inputs["input_ids"].device)
         assert self._step is not None
         assert self._transport is not None
+        for move in self._step.resident.dialled:
+            move.turn(self._call)
         output = self._step(inputs)
         self._transport.step()
         return output
@@ -317,6 +321,15 @@ class _Generation:
                 f"got {n_tokens} tokens from {made} compiled decode steps; this model's generate "
                 "does not run them: use engine='eager'"
             )
+
+
+def _hooks_on(hf: Any) -> Hashable:
+    """Which hooks a step would be traced with: the compiler does not look at them again."""
+    return tuple(
+        (name, *module._forward_pre_hooks, None, *module._forward_hooks)
+        for name, module in hf.named_modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    )
 
 
 def _chunks(columns: int, chunk: int | None) -> int:

@@ -197,7 +197,7 @@ class Begin(Hook):
         if is_dynamo_compiling():
             if not traces(self.key, "begin") and not _asleep():
                 _outside_graph(self._act, module, args, kwargs)
-        elif ARMED.get() is not None or RUN.get() is not None:
+        elif ARMED.get() is not None or RUN.get() is not None or self.recomputes.runs:
             self._act(module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,12 +212,15 @@ class Begin(Hook):
         ):
             last.begin_step()
             return
-        RUN.set(None)
+        if self.recomputes.runs and _current_backward() == _NO_BACKWARD:
+            self.recomputes.prune()
+        within = last if last is not None and last.owner != self.key and not last.ended else None
+        RUN.set(within)
         if session is None:
             return
         frame = begin_frame(self.key, given, training=module.training)
         session.check_rows(frame)
-        RUN.set(Run(session, frame, self.key))
+        RUN.set(Run(session, frame, self.key, within))
 
 
 class End(Hook):
@@ -235,8 +238,14 @@ class End(Hook):
 
     def _act(self) -> None:
         run = RUN.get()
-        if run is not None and run.owner == self.key and not run.ended:
-            run.end()
+        while run is not None and run.owner != self.key:
+            run = run.within  # a forward inside this one failed, and its error was swallowed
+        if run is None or run.ended:
+            return
+        RUN.set(run)
+        run.end()
+        if run.within is not None:
+            RUN.set(run.within)
 
 
 def _outside_graph(act: Callable[..., Any], *args: Any) -> Any:

@@ -1,97 +1,45 @@
 """Interventions: what to do to the residual stream along persona vectors. Plain frozen data."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pvcore.amounts import Amount, Setting
+from pvcore.conditions import Condition, check_conditions
 from pvcore.errors import PlanError
 from pvcore.sites import Site
 from pvcore.spans import Span, check_span
 from pvcore.vectors import PersonaVector, VectorBank
 
-Number = int | float
-PerRow = Number | Sequence[Number] | Tensor
-Setting = PerRow | Mapping[int, PerRow]
-Rows = float | tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """A checked number per row and layer: one for all layers, or one entry per layer."""
-
-    everywhere: Rows | None
-    by_layer: tuple[tuple[int, Rows], ...] = ()
-
-    def at(self, layer: int) -> Rows:
-        if self.everywhere is not None:
-            return self.everywhere
-        return dict(self.by_layer)[layer]
-
-    @property
-    def row_counts(self) -> set[int]:
-        """Lengths of all per-row entries; scalars have none."""
-        entries = [self.everywhere, *(rows for _, rows in self.by_layer)]
-        return {len(rows) for rows in entries if isinstance(rows, tuple)}
-
-    @classmethod
-    def of(cls, value: Setting, name: str) -> "Amount":
-        if not isinstance(value, Mapping):
-            return cls(_rows(value, name))
-        if not value:
-            raise PlanError(f"got an empty mapping for {name}; wanted a number for each layer")
-        return cls(None, tuple((_layer(k, name), _rows(v, name)) for k, v in value.items()))
-
-
-def _layer(key: object, name: str) -> int:
-    if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-        raise PlanError(f"got layer {key!r} as a key of {name}; wanted a block number from 0")
-    return key
-
-
-def _rows(value: PerRow, name: str) -> Rows:
-    """One float, or a tuple of one float per row; `PlanError` for anything not finite."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise PlanError(
-                f"got {name} as a tensor that requires grad; interventions do not differentiate "
-                f"through {name}: pass {name}.detach(), or patch in model.trace(...)"
-            )
-        if value.ndim > 1:
-            raise PlanError(f"got {name} of shape {list(value.shape)}; wanted one number per row")
-        value = value.tolist()
-    entries = list(value) if isinstance(value, Iterable) else [value]
-    for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, int | float):
-            raise PlanError(f"got {entry!r} in {name}; wanted numbers, one or one per row")
-        if not math.isfinite(entry):
-            raise PlanError(f"got {entry} in {name}; wanted finite numbers")
-    if not entries:
-        raise PlanError(f"got no numbers for {name}; wanted one, or one per row of the batch")
-    return tuple(map(float, entries)) if isinstance(value, Iterable) else float(entries[0])
-
 
 class _Aimed:
-    """What all interventions share: vectors, sites and a span, checked on construction."""
+    """What all interventions share: vectors, sites, a span and conditions, checked when made."""
 
     __slots__ = ()
     vectors: tuple[PersonaVector, ...]
     sites: tuple[Site, ...]
     span: Span | None
+    when: tuple[Condition, ...]
 
     def _aim(
         self,
         vectors: PersonaVector | Sequence[PersonaVector],
         layers: Iterable[int | Site] | None,
         span: str | None,
+        when: Condition | Sequence[Condition] | None,
     ) -> None:
         bank = VectorBank(vectors, layers=layers)
         object.__setattr__(self, "vectors", tuple(bank.vectors))
         object.__setattr__(self, "sites", bank.sites)
         object.__setattr__(self, "span", None if span is None else check_span(span))
+        object.__setattr__(self, "when", check_conditions(when, bank.sites))
+
+    @property
+    def _row_counts_of_conditions(self) -> set[int]:
+        return set().union(*(one.threshold.row_counts for one in self.when))
 
     def _check_layers(self, amount: Amount, name: str) -> None:
         if amount.everywhere is not None:
@@ -114,12 +62,14 @@ class Add(_Aimed):
 
     `coeff` is a number, one per row of the batch, or a mapping from layer to either. `layers` are
     block numbers (their outputs) or sites, by default all sites of the vectors. `span` None means
-    `response` while generating and `all` in every other forward.
+    `response` while generating and `all` in every other forward. `when` is a condition, or several
+    that must all hold: tokens that fail it stay as they are.
     """
 
     vectors: tuple[PersonaVector, ...]
     sites: tuple[Site, ...]
     span: Span | None
+    when: tuple[Condition, ...]
     coeff: Amount
 
     def __init__(
@@ -129,23 +79,28 @@ class Add(_Aimed):
         coeff: Setting,
         layers: Iterable[int | Site] | None = None,
         span: Span | str | None = None,
+        when: Condition | Sequence[Condition] | None = None,
     ) -> None:
-        self._aim(vectors, layers, span)
+        self._aim(vectors, layers, span, when)
         object.__setattr__(self, "coeff", Amount.of(coeff, "coeff"))
         self._check_layers(self.coeff, "coeff")
 
     @property
     def row_counts(self) -> set[int]:
-        return self.coeff.row_counts
+        return self.coeff.row_counts | self._row_counts_of_conditions
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Ablate(_Aimed):
-    """Send the projections on all its vectors to zero, jointly: no order among them matters."""
+    """Send the projections on all its vectors to zero, jointly: no order among them matters.
+
+    `layers`, `span` and `when` are those of `Add`.
+    """
 
     vectors: tuple[PersonaVector, ...]
     sites: tuple[Site, ...]
     span: Span | None
+    when: tuple[Condition, ...]
 
     def __init__(
         self,
@@ -153,12 +108,13 @@ class Ablate(_Aimed):
         *,
         layers: Iterable[int | Site] | None = None,
         span: Span | str | None = None,
+        when: Condition | Sequence[Condition] | None = None,
     ) -> None:
-        self._aim(vectors, layers, span)
+        self._aim(vectors, layers, span, when)
 
     @property
     def row_counts(self) -> set[int]:
-        return set()
+        return self._row_counts_of_conditions
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -166,12 +122,13 @@ class Cap(_Aimed):
     """Hold the projections on its vectors within `[min, max]`, jointly (activation capping).
 
     Bounds are in units of the residual, `<h, v/|v|>`; each is a number, one per row, or a mapping
-    from layer to either.
+    from layer to either. `layers`, `span` and `when` are those of `Add`.
     """
 
     vectors: tuple[PersonaVector, ...]
     sites: tuple[Site, ...]
     span: Span | None
+    when: tuple[Condition, ...]
     min: Amount | None
     max: Amount | None
 
@@ -183,8 +140,9 @@ class Cap(_Aimed):
         max: Setting | None = None,
         layers: Iterable[int | Site] | None = None,
         span: Span | str | None = None,
+        when: Condition | Sequence[Condition] | None = None,
     ) -> None:
-        self._aim(vectors, layers, span)
+        self._aim(vectors, layers, span, when)
         if min is None and max is None:
             raise PlanError("got a Cap without bounds; give max=, min= or both")
         for name, value in (("min", min), ("max", max)):
@@ -207,12 +165,15 @@ class Cap(_Aimed):
     @property
     def row_counts(self) -> set[int]:
         bounds = [amount for amount in (self.min, self.max) if amount is not None]
-        return set().union(*(amount.row_counts for amount in bounds))
+        return self._row_counts_of_conditions.union(*(one.row_counts for one in bounds))
 
 
 Intervention = Add | Ablate | Cap
 
 
 def sites_of(interventions: Iterable[Intervention]) -> tuple[Site, ...]:
-    """Every site any of the interventions acts at, in the order a forward reaches them."""
-    return tuple(sorted({site for one in interventions for site in one.sites}))
+    """Every site the interventions act at or ask about, in the order a forward reaches them."""
+    sites: set[Site] = set()
+    for one in interventions:
+        sites |= {*one.sites, *(c.site for c in one.when if c.site is not None)}
+    return tuple(sorted(sites))

@@ -26,6 +26,15 @@ _tracing = torch._C._get_tracing_state
 _LANE = "pvcore_lane"
 
 
+def safe() -> bool:
+    """Whether lanes stay with their modules.
+
+    `DataParallel`, which a trainer uses by itself where there are several GPUs, copies the slot
+    into its replicas: their lanes would lead to the original.
+    """
+    return torch.cuda.device_count() <= 1
+
+
 def has_lane(module: nn.Module) -> bool:
     """Whether calls of a module take a lane."""
     return hasattr(module._compiled_call_impl, _LANE)

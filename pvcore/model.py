@@ -10,20 +10,30 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from pvcore import chats as chat_ids
-from pvcore.activations import Activations, Reading, Reduction, check_reduction, collect
-from pvcore.blocks import find_decoder
+from pvcore.activations import (
+    Activations,
+    Reading,
+    Reduction,
+    check_reduction,
+    collect,
+    run_to_deepest,
+)
+from pvcore.alarms import Alarms
+from pvcore.blocks import find_decoder, input_device, max_length, require_embedded
 from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
-from pvcore.generation import Generated, Request
+from pvcore.generation import Request
 from pvcore.graph import Engine, Graph, GraphEngine, check_engine
+from pvcore.guards import Guard, Reaction, Rules, Standby
 from pvcore.interventions import Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
 from pvcore.programs import SiteProgram, compile_programs
-from pvcore.sessions import Session
+from pvcore.sessions import Reader, Session
 from pvcore.sites import Site, as_sites
 from pvcore.spans import Span, check_span
-from pvcore.stream import AlarmBell, Pieces, Relay, Step
+from pvcore.stream import Step
+from pvcore.streaming import steps
 from pvcore.taps import taps_of
 from pvcore.trace import Residuals, Tracing
 from pvcore.vectors import VectorBank
@@ -86,13 +96,8 @@ class HookedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the embedding's device, also when later blocks live elsewhere."""
-        device: torch.device = self.hf.get_input_embeddings().weight.device
-        if device.type != "meta":
-            return device
-        # Offloaded weights sit on "meta" until accelerate brings them to the device of the hook.
-        hook = getattr(self.hf.get_input_embeddings(), "_hf_hook", None)
-        return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        """Where token ids go, also when later blocks live elsewhere."""
+        return input_device(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +113,7 @@ class HookedModel:
         the residual stream, the tracer's own `tr.envoy` every module. One thread at a time traces
         a model (`TraceError`); other threads may run it meanwhile.
         """
-        return self._tracing.open(self.tokenizer, inputs, settings, self._max_length)
+        return self._tracing.open(self.tokenizer, inputs, settings, self.max_length)
 
     @property
     def resid_pre(self) -> Residuals:
@@ -168,6 +173,14 @@ class HookedModel:
         self.check(plan, check_model=check_model)
         return self._taps.hold(programs, row_counts=plan.row_counts, lapsed=lapsed)
 
+    def hold_reader(
+        self, plan: Plan, reader: Reader, *, lapsed: Callable[[], bool], check_model: bool = True
+    ) -> Callable[[], None]:
+        """Like `hold_programs`, for a reader of one's own at the sites of the plan's monitor."""
+        self._tracing.refuse_inside("a plan to arm")
+        self.check(plan, check_model=check_model)
+        return self._taps.hold({}, readers=[reader], lapsed=lapsed)
+
     def check(self, plan: Plan, *, check_model: bool = True) -> None:
         """Raise one `PlanError` or `SiteError` if a plan does not fit this model."""
         plan.check(self._decoder, self.model_id, check_model=check_model)
@@ -179,10 +192,35 @@ class HookedModel:
         return self.arm(Plan(*interventions), check_model=check_model)
 
     def monitor(
-        self, bank: VectorBank, *, check_model: bool = True
-    ) -> AbstractContextManager[Seen]:
-        """Short for `arm(Plan(monitor=bank))`."""
-        return self.arm(Plan(monitor=bank), check_model=check_model)
+        self,
+        bank: VectorBank,
+        *,
+        alarms: Alarms | None = None,
+        on_alarm: Reaction | str | None = None,
+        standby: Standby = (),
+        check_model: bool = True,
+    ) -> AbstractContextManager[Guard]:
+        """Short for `arm(Plan(monitor=bank))`, with alarms.
+
+        `alarms` maps a trait of the bank to a number or a `Threshold`, or to one for each layer
+        that is to ring; each crossing from below rings once, per reply. `on_alarm` decides what
+        happens from the next token on: `"stop"` ends the reply, an intervention acts on it from
+        then on, a function is given the `Alarm` and the `Controls` of the reply. Interventions it
+        may set are named in `standby`, with the level they begin at if that is not 0. With
+        `on_alarm` every token waits for its projections.
+        """
+        rules = Rules.of(bank, alarms, on_alarm, standby)
+        self._tracing.refuse_inside("a plan to arm")
+        plan = Plan(*rules.interventions, monitor=bank)
+        self.check(plan, check_model=check_model)
+        return self._guarded(plan, rules)
+
+    @contextmanager
+    def _guarded(self, plan: Plan, rules: Rules) -> Iterator[Guard]:
+        seen = Guard(plan.monitor, rules)
+        programs = compile_programs(plan.interventions, seen.dials)
+        with self._taps.armed(programs, readers=[seen], row_counts=plan.row_counts):
+            yield seen
 
     def read(
         self,
@@ -202,8 +240,7 @@ class HookedModel:
         `[site, chat, pos, d_model]`, `moments` a running mean and variance over all span tokens.
         Values show what flows on after armed interventions; `before=True` what they were given.
         """
-        wanted = [(span, reduce)]
-        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
+        reading = self._reading(self.encode(chats), sites, [(span, reduce)], batch_size, before)
         return collect(reading, progress=progress)
 
     def read_batches(
@@ -217,8 +254,7 @@ class HookedModel:
         before: bool = False,
     ) -> Iterator[tuple[list[int], Activations]]:
         """Like `read`, one length bucket at a time: chat indices and their activations."""
-        wanted = [(span, reduce)]
-        reading = self._reading(self.encode(chats), sites, wanted, batch_size, before)
+        reading = self._reading(self.encode(chats), sites, [(span, reduce)], batch_size, before)
         return ((chosen, only) for chosen, (only,) in reading.run())
 
     def read_spans(
@@ -230,8 +266,7 @@ class HookedModel:
         batch_size: int = 16,
         first_batch: int = 0,
     ) -> Iterator[tuple[list[int], tuple[Activations, ...]]]:
-        """Like `read_batches` for several spans, each with its reduction, of one and the same
-        forward.
+        """Like `read_batches` for several spans of one forward, each with its reduction.
 
         `encoded` is what `encode` gave. The first so many batches can be left out.
         """
@@ -242,9 +277,20 @@ class HookedModel:
         for site in sites:
             self._decoder.require(site)
 
-    def encode(self, chats: Chats) -> list[Encoded]:
-        """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
-        return self._encoded(chats)
+    def run_reader(
+        self,
+        reader: Reader,
+        ids: Int[Tensor, "batch pos"],
+        lengths: Sequence[int],
+        prompts: Sequence[int],
+    ) -> None:
+        """Show a reader one batch, in a forward that ends at its deepest site, before logits.
+
+        Rows are padded on the right: `lengths` counts each row's own tokens, `prompts` those
+        before its reply.
+        """
+        self._tracing.refuse_inside("a read")
+        run_to_deepest(self.hf, self._taps, reader, ids, lengths, prompts, self.device)
 
     def _reading(
         self,
@@ -269,24 +315,18 @@ class HookedModel:
             first_batch=first_batch,
         )
 
-    def _encoded(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:
+    def encode(self, chats: Chats, *, for_generation: bool = False) -> list[Encoded]:
+        """Chats as the token ids that this model reads; `ChatError` for those it cannot."""
         encoded = chat_ids.encode_all(
-            self.tokenizer, chats, max_length=self._max_length, for_generation=for_generation
+            self.tokenizer, chats, max_length=self.max_length, for_generation=for_generation
         )
-        size = len(self.hf.get_input_embeddings().weight)
-        for index, one in enumerate(encoded):
-            if max(one.ids) >= size:
-                raise ChatError(
-                    f"chat {index}: got token id {max(one.ids)}; this model embeds {size} tokens: "
-                    "use the tokenizer that belongs to it"
-                )
+        require_embedded(self.hf, [one.ids for one in encoded])
         return encoded
 
     @property
-    def _max_length(self) -> int | None:
-        config = self.hf.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return getattr(text, "max_position_embeddings", None)
+    def max_length(self) -> int | None:
+        """How many positions the model has, where it says so."""
+        return max_length(self.hf)
 
     def generate(
         self, chats: Chats, *, engine: Engine | Graph | str = "eager", **settings: Any
@@ -314,7 +354,7 @@ class HookedModel:
     ) -> Request:
         graph = check_engine(engine)
         self._tracing.refuse_inside("a generation")
-        encoded = self._encoded(chats, for_generation=True)
+        encoded = self.encode(chats, for_generation=True)
         pad_id = chat_ids.pad_id(self.tokenizer)
         return Request(
             hf=self.hf,
@@ -332,56 +372,27 @@ class HookedModel:
         chats: Chats,
         bank: VectorBank | None = None,
         *,
-        alarms: Mapping[str, int | float] | None = None,
+        alarms: Alarms | None = None,
+        on_alarm: Reaction | str | None = None,
+        standby: Standby = (),
         check_model: bool = True,
         engine: Engine | Graph | str = "eager",
         **settings: Any,
     ) -> Iterator[Step]:
         """Generate token by token, with projections and alarms.
 
-        The next token is made only when the next step is asked for. `alarms` maps a trait of the
-        bank to a threshold; each crossing from below rings once. Leaving the loop stops the
-        generation.
+        The next token is made only when the next step is asked for. `alarms`, `on_alarm` and
+        `standby` are those of `monitor`: what they do to a reply begins with its next token.
+        Leaving the loop stops the generation.
         """
         if self.tokenizer is None:
             raise ChatError("got no tokenizer to write text with; stream needs one")
         request = self._request(chats, settings, engine)
         if request.copies > 1:
             raise PlanError("got beams or several sequences per chat; stream follows one per chat")
-        plan = None if bank is None else Plan(monitor=bank)
-        if plan is not None:
-            plan.check(self._decoder, self.model_id, check_model=check_model)
-        bell = AlarmBell(
-            alarms or {}, list(bank.traits) if bank else [], bank.sites if bank else []
-        )
-        return self._steps(request, plan, bell)
-
-    def _steps(self, request: Request, plan: Plan | None, bell: AlarmBell) -> Iterator[Step]:
-        relay = Relay()
-        pieces = [Pieces(self.tokenizer) for _ in request.batch.ids]
-
-        def produce() -> Generated:
-            if plan is None:
-                return request.run(lambda ids, lengths: relay.offer((ids, lengths, None)))
-            with self._armed(plan) as seen:
-                return request.run(lambda ids, lengths: relay.offer((ids, lengths, seen.newest())))
-
-        for count, (ids, lengths, scores) in enumerate(relay.items(produce), start=1):
-            active = (lengths == count).tolist()
-            projections = {}
-            if plan is not None and plan.monitor is not None:
-                over = ~torch.tensor(active)
-                projections = {
-                    trait: scores[..., k].masked_fill(over, torch.nan)
-                    for k, trait in enumerate(plan.monitor.traits)
-                }
-            newest = ids[:, -1].cpu()
-            yield Step(
-                text=[
-                    piece.push(token) if on else ""
-                    for piece, token, on in zip(pieces, newest.tolist(), active, strict=True)
-                ],
-                token_ids=newest,
-                projections=projections,
-                alarms=bell.ring(count - 1, projections),
-            )
+        rules = Rules.of(bank, alarms, on_alarm, standby)
+        if bank is None:
+            return steps(request, self.tokenizer, None)
+        plan = Plan(*rules.interventions, monitor=bank)
+        self.check(plan, check_model=check_model)
+        return steps(request, self.tokenizer, lambda: self._guarded(plan, rules))

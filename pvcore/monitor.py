@@ -194,9 +194,9 @@ class Seen:
         """Scores of decode steps that an engine made without coming past `take`."""
         self._records[call].steps.extend(steps.unbind(0))
 
-    def newest(self) -> Float[Tensor, "site batch n_vec"]:
-        """Scores of the step just made by the call that runs now."""
-        record = next(reversed(self._records.values()))
+    def newest(self, call: Call | None = None) -> Float[Tensor, "site batch n_vec"]:
+        """Scores of the step just made by a call, or by the one that runs now."""
+        record = next(reversed(self._records.values())) if call is None else self._records[call]
         self._score_waiting(record)
         return record.newest(self.sites)
 
@@ -229,10 +229,13 @@ class Seen:
             prompts.append(given[own[own <= last[row]], :, row])
             replies.append(given[own[own >= last[row]], :, row])
         prompt, steps = _ragged(prompts), _ragged(replies)
-        if record.outcome is not None:
-            later = [step[..., trait].cpu() for step in record.steps]
-            return self._sequences(record.outcome, torch.stack([steps[0], *later]), prompt)
-        return steps, prompt
+        if record.outcome is None and not record.steps:
+            return steps, prompt
+        later = [step[..., trait].cpu() for step in record.steps]
+        made = torch.stack([steps[0], *later])
+        if record.outcome is None:  # still under way: rows are those of the batch
+            return made, prompt
+        return self._sequences(record.outcome, made, prompt)
 
     def _sequences(self, outcome: Outcome, steps: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the batch followed into the returned sequences."""

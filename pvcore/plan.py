@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pvcore.amounts import Amount
 from pvcore.blocks import Decoder
+from pvcore.conditions import Above, Below, Condition
 from pvcore.errors import PlanError, PvcoreError
 from pvcore.files import write_whole
-from pvcore.interventions import Ablate, Add, Amount, Cap, Intervention, sites_of
+from pvcore.interventions import Ablate, Add, Cap, Intervention, sites_of
 from pvcore.sites import Site
 from pvcore.vectors import PersonaVector, VectorBank
 
-FORMAT = 1
+# 2 knows conditions; plans without are written as 1, which says all there is to say of them.
+FORMATS = (1, 2)
 _KINDS: dict[str, type[Add] | type[Ablate] | type[Cap]] = {"add": Add, "ablate": Ablate, "cap": Cap}
+_CONDITIONS: dict[str, type[Above] | type[Below]] = {"above": Above, "below": Below}
 _AMOUNTS = ("coeff", "min", "max")
 
 
@@ -56,6 +60,7 @@ class Plan:
     def vectors(self) -> tuple[PersonaVector, ...]:
         """Every vector of the plan once, in order of appearance."""
         every = [vector for one in self.interventions for vector in one.vectors]
+        every += [condition.vector for one in self.interventions for condition in one.when]
         every += list(self.monitor.vectors) if self.monitor else []
         return tuple({vector.content_hash: vector for vector in every}.values())
 
@@ -87,7 +92,7 @@ class Plan:
         except OSError as error:
             raise PlanError(f"got {path}, beside which nothing can be written: {error}") from error
         document: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 2 if any(one.when for one in self.interventions) else 1,
             "vectors": {
                 name: {"file": os.path.relpath(file, path.parent or "."), "sha256": content_hash}
                 for content_hash, (name, file) in files.items()
@@ -113,9 +118,10 @@ class Plan:
         except (OSError, ValueError) as error:
             raise PlanError(f"got {path}, which cannot be read as a plan: {error}") from error
         try:
-            if document["format"] != FORMAT:
+            if document["format"] not in FORMATS:
                 raise PlanError(
-                    f"got plan format {document['format']!r} in {path}; wanted {FORMAT}"
+                    f"got plan format {document['format']!r} in {path}; wanted "
+                    f"{' or '.join(map(str, FORMATS))}"
                 )
             vectors = {
                 name: _load_vector(path, entry) for name, entry in document["vectors"].items()
@@ -159,9 +165,27 @@ def _written(one: Intervention) -> dict[str, Any]:
     for name in _AMOUNTS:
         amount: Amount | None = getattr(one, name, None)
         if amount is not None:
-            by_layer = {str(layer): rows for layer, rows in amount.by_layer}
-            entry[name] = amount.everywhere if amount.everywhere is not None else by_layer
+            entry[name] = _written_amount(amount)
+    if one.when:
+        entry["when"] = [
+            {
+                "kind": type(condition).__name__.lower(),
+                "vector": _name(condition.vector),
+                "threshold": _written_amount(condition.threshold),
+                "site": None if condition.site is None else str(condition.site),
+            }
+            for condition in one.when
+        ]
     return entry
+
+
+def _written_amount(amount: Amount) -> Any:
+    by_layer = {str(layer): rows for layer, rows in amount.by_layer}
+    return amount.everywhere if amount.everywhere is not None else by_layer
+
+
+def _read_amount(value: Any) -> Any:
+    return {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _aim(entry: Mapping[str, Any], vectors: Mapping[str, PersonaVector]) -> dict[str, Any]:
@@ -173,10 +197,18 @@ def _read(entry: Mapping[str, Any], vectors: Mapping[str, PersonaVector]) -> Int
     settings = _aim(entry, vectors)
     for name in _AMOUNTS:
         if name in entry:
-            value = entry[name]
-            by_layer = isinstance(value, dict)
-            settings[name] = {int(k): v for k, v in value.items()} if by_layer else value
+            settings[name] = _read_amount(entry[name])
+    settings["when"] = [_read_condition(one, vectors) for one in entry.get("when", [])]
     return _KINDS[entry["kind"]](settings.pop("vectors"), span=entry["span"], **settings)
+
+
+def _read_condition(entry: Mapping[str, Any], vectors: Mapping[str, PersonaVector]) -> Condition:
+    site = entry["site"]
+    return _CONDITIONS[entry["kind"]](
+        vectors[entry["vector"]],
+        _read_amount(entry["threshold"]),
+        site=None if site is None else Site.parse(site),
+    )
 
 
 def _load_vector(path: Path, entry: Mapping[str, str]) -> PersonaVector:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pvcore import canvas
 from pvcore.correlation import MonitoredReply, correlations
+from pvcore.intervals import Interval
 from pvcore.numerals import Number, number
 from pvcore.palette import (
     ACCENT,
@@ -185,8 +186,9 @@ def monitoring_scatter(replies: Sequence[MonitoredReply], *, trait: str) -> str:
             number(value, signed=True, decimals=2) for value in (r.overall, r.within)
         )
         axes.set_title(f"{canvas.label(trait)}: r {overall} overall, {within} within a level")
-        axes.set(xlabel="projection at the last prompt token", ylabel="trait score of the reply")
-        axes.set_ylim(-6, 106)
+        spans = f"{_between(r.overall_interval)} overall, {_between(r.within_interval)} within"
+        axes.set_xlabel(f"projection at the last prompt token\n95% intervals of r: {spans}")
+        axes.set(ylabel="trait score of the reply", ylim=(-6, 106))
         for level, colour in zip(levels, ordered_colours(len(levels)), strict=True):
             rows = [index for index, reply in enumerate(replies) if reply.level == level]
             axes.scatter(
@@ -208,6 +210,11 @@ def monitoring_scatter(replies: Sequence[MonitoredReply], *, trait: str) -> str:
             handletextpad=0.2,
         )
         return canvas.svg(figure)
+
+
+def _between(interval: Interval) -> str:
+    low, high = (number(end, signed=True, decimals=2) for end in interval)
+    return f"{low} to {high}"
 
 
 def cosine_matrix(names: Sequence[str], values: Sequence[Sequence[Number]]) -> str:

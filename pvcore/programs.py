@@ -1,17 +1,22 @@
 """Programs: interventions at one site, made ready to run on the rows of a frame."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 import pvcore_kernels as kernels
+from pvcore.amounts import Amount
+from pvcore.conditions import Below, Condition
+from pvcore.dials import Dial
 from pvcore.errors import PlanError
 from pvcore.frames import Frame
-from pvcore.interventions import Ablate, Add, Amount, Intervention, sites_of
+from pvcore.interventions import Ablate, Add, Intervention, sites_of
 from pvcore.sites import Site
+from pvcore.spans import Span
 from pvcore_kernels.reference import accumulator
 
 # Beyond this, landing each projection where it was sent would take coefficients so large that
@@ -32,23 +37,58 @@ class Shift:
     touched: Tensor | None
 
 
+class Link:
+    """Tells what one plan's conditions read at earlier sites from what another's do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarGate:
+    """A gate on projections read at an earlier site; `gate.index` is their column there."""
+
+    site: Site
+    gate: kernels.Gate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joint:
-    """A program that reads the projections: its unit rows, their Gram matrix and its steps."""
+    """A program that reads the projections: its unit rows, their Gram matrix and its steps.
+
+    `far` holds the gates of each step that look at earlier sites, and `dials` what it is multiplied
+    by. `gauge` holds the unit rows that later sites ask about, and `link` says whose readings
+    those are.
+    """
 
     units: Float[Tensor, "n_vec d_model"]
     gram: Float[Tensor, "n_vec n_vec"]
     steps: tuple[kernels.Step, ...]
     touched: Tensor | None
+    far: tuple[tuple[FarGate, ...], ...] = ()
+    dials: tuple[Dial | None, ...] = ()
+    gauge: Float[Tensor, "n_asked d_model"] | None = None
+    link: Link | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Coupled:
-    """One intervention at the program's site: which of its vectors, and how they are coupled."""
+    """One intervention at the program's site: which of its vectors, and how they are coupled.
+
+    `asks` gives its conditions, each with the place of its vector: among this program's, or among
+    the gauges of the site it is read at.
+    """
 
     what: Intervention
     index: tuple[int, ...]
     gram_inverse: Float[Tensor, "n_step n_step"] | None
+    asks: tuple[tuple[Condition, int], ...] = ()
+    dial: Dial | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gauge:
+    """A direction that conditions of later sites ask about, and the spans they act on."""
+
+    direction: Float[Tensor, " d_model"]
+    spans: tuple[Span | None, ...]
 
 
 class SiteProgram:
@@ -57,14 +97,29 @@ class SiteProgram:
     Tensors are kept in float64 on the CPU and copied once to each device and dtype they meet.
     """
 
-    def __init__(self, site: Site, interventions: Sequence[Intervention]) -> None:
-        self.site = site
-        here = [one for one in interventions if site in one.sites]
+    def __init__(
+        self,
+        site: Site,
+        interventions: Sequence[Intervention],
+        link: Link | None = None,
+        dials: Sequence[Dial | None] | None = None,
+    ) -> None:
+        self.site, self._link = site, link
+        dials = dials or [None] * len(interventions)
+        here = [pair for pair in zip(interventions, dials, strict=True) if site in pair[0].sites]
         directions: list[Tensor] = []
-        self._steps = tuple(self._couple(one, directions) for one in here)
+        steps = [replace(self._couple(one, directions), dial=dial) for one, dial in here]
+        self._steps = tuple(
+            replace(one, asks=self._asks(one.what, interventions, directions)) for one in steps
+        )
+        gauges = _gauges(interventions, site)
+        self._asked = [_place(gauge.direction, directions) for gauge in gauges]
+        self._asking = {span for gauge in gauges for span in gauge.spans}
         self._raw = torch.stack(directions).double()
         self._norms = self._raw.norm(dim=1)
-        self._only_adds = all(isinstance(one, Add) for one in here)
+        self._only_adds = not gauges and all(
+            isinstance(one, Add) and not one.when and dial is None for one, dial in here
+        )
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def _couple(self, one: Intervention, directions: list[Tensor]) -> _Coupled:
@@ -72,11 +127,7 @@ class SiteProgram:
         traits: dict[int, str] = {}
         index: list[int] = []
         for vector in one.vectors:
-            direction = vector.direction(self.site)
-            known = [k for k, other in enumerate(directions) if torch.equal(other, direction)]
-            if not known:
-                directions.append(direction)
-            index.append(known[0] if known else len(directions) - 1)
+            index.append(_place(vector.direction(self.site), directions))
             traits.setdefault(index[-1], vector.trait)
         if isinstance(one, Add):
             # Equal directions under two names are added twice; joint steps need distinct ones.
@@ -90,6 +141,17 @@ class SiteProgram:
                 f"{MAX_CONDITION:.0e}): leave one out, or use one step for each"
             )
         return _Coupled(what=one, index=tuple(traits), gram_inverse=inverse)
+
+    def _asks(
+        self, one: Intervention, plan: Sequence[Intervention], directions: list[Tensor]
+    ) -> tuple[tuple[Condition, int], ...]:
+        """The conditions with the places of their vectors, registered here where they are read."""
+        asks = []
+        for condition in one.when:
+            at = condition.read_at(self.site)
+            known = directions if at == self.site else [g.direction for g in _gauges(plan, at)]
+            asks.append((condition, _place(condition.vector.direction(at), known)))
+        return tuple(asks)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         key = (device, dtype)
@@ -130,7 +192,8 @@ class SiteProgram:
         """What to do to the residual of a frame, as numbers; None where no step reaches it."""
         chosen = [(step, frame.select(step.what.span)) for step in self._steps]
         steps = [step for step, selected in chosen if selected is not False]
-        if not steps:
+        asked = any(frame.select(span) is not False for span in self._asking)
+        if not steps and not asked:
             return None
         acc = accumulator(dtype)
         here = self.on(device, acc)
@@ -140,14 +203,23 @@ class SiteProgram:
             if selected is not False
         ]
         real = [mask for mask in masks if mask is not None]
-        touched = torch.stack(real).any(0) if len(real) == len(masks) else None
+        touched = torch.stack(real).any(0) if real and len(real) == len(masks) else None
         if self._only_adds:
             return Shift(total=self._total_delta(steps, masks, here, frame), touched=touched)
         program = tuple(
             self._kernel_step(step, None if mask is None else mask.to(acc), here, frame)
             for step, mask in zip(steps, masks, strict=True)
         )
-        return Joint(units=here["units"], gram=here["gram"], steps=program, touched=touched)
+        return Joint(
+            units=here["units"],
+            gram=here["gram"],
+            steps=program,
+            touched=touched,
+            far=tuple(self._far_gates(step, here["units"], frame) for step in steps),
+            dials=tuple(step.dial for step in steps),
+            gauge=here["units"][self._asked] if asked else None,
+            link=self._link,
+        )
 
     def _total_delta(
         self,
@@ -182,25 +254,129 @@ class SiteProgram:
         self, step: _Coupled, mask: Tensor | None, here: dict[str, Tensor], frame: Frame
     ) -> kernels.Step:
         what, units = step.what, here["units"]
+        gates = tuple(gate for at, gate in self._gates(step, units, frame) if at == self.site)
         if isinstance(what, Add):
             times = units.new_zeros(len(units))
             for k in step.index:
                 times[k] += here["norms"][k]
-            return kernels.AddStep(shift=times * self._amount(what.coeff, units, frame), mask=mask)
+            shift = times * self._amount(what.coeff, units, frame)
+            return kernels.AddStep(shift=shift, mask=mask, gates=gates)
         assert step.gram_inverse is not None
         inverse = step.gram_inverse.to(units)
         if isinstance(what, Ablate):
-            return kernels.AblateStep(index=step.index, gram_inverse=inverse, mask=mask)
+            return kernels.AblateStep(
+                index=step.index, gram_inverse=inverse, mask=mask, gates=gates
+            )
         low, high = (
             None if bound is None else self._amount(bound, units, frame)
             for bound in (what.min, what.max)
         )
         return kernels.CapStep(
-            index=step.index, gram_inverse=inverse, low=low, high=high, mask=mask
+            index=step.index, gram_inverse=inverse, low=low, high=high, mask=mask, gates=gates
         )
 
+    def _far_gates(self, step: _Coupled, like: Tensor, frame: Frame) -> tuple[FarGate, ...]:
+        gates = self._gates(step, like, frame)
+        return tuple(FarGate(site=at, gate=gate) for at, gate in gates if at != self.site)
 
-def compile_programs(interventions: Iterable[Intervention]) -> dict[Site, SiteProgram]:
-    """One program for every site that the interventions touch."""
-    steps = tuple(interventions)
-    return {site: SiteProgram(site, steps) for site in sites_of(steps)}
+    def _gates(
+        self, step: _Coupled, like: Tensor, frame: Frame
+    ) -> Iterator[tuple[Site, kernels.Gate]]:
+        """The gates of a step, each with the site whose projections it looks at."""
+        for condition, place in step.asks:
+            sign = -1.0 if isinstance(condition, Below) else 1.0
+            bound = self._amount(condition.threshold, like, frame)
+            gate = kernels.Gate(index=place, sign=sign, bound=bound)
+            yield condition.read_at(self.site), gate
+
+
+class LinkedProgram(SiteProgram):
+    """A program that depends on more than its own rows: what an earlier site showed, or dials.
+
+    What later sites ask about is kept with the frame, where a block that checkpointing runs again
+    finds it.
+    """
+
+    def apply(
+        self, h: Float[Tensor, "batch pos d_model"], frame: Frame
+    ) -> Float[Tensor, "batch pos d_model"]:
+        if not frame.steady:
+            found = self.resolve(h.device, h.dtype, frame)
+        else:
+            cache = frame.call.steady
+            if self not in cache:
+                cache[self] = self.resolve(h.device, h.dtype, frame)
+            found = cache[self]
+        if found is None or isinstance(found, Shift):
+            return h if found is None else kernels.add(h, found.total, found.touched)
+        moved = h
+        steps = _acting(found, frame)
+        if steps:
+            moved = kernels.intervene(h, found.units, found.gram, steps, found.touched)
+        if found.gauge is not None:
+            frame.notes[found.link, self.site] = kernels.project(moved.detach(), found.gauge)
+        return moved
+
+
+def _acting(program: Joint, frame: Frame) -> list[kernels.Step]:
+    """The steps whose dials are up, with masks of what their gates at earlier sites let through."""
+    steps = []
+    for step, far, dial in zip(program.steps, program.far, program.dials, strict=True):
+        masks = [] if step.mask is None else [step.mask]
+        if dial is not None:
+            level = dial.mask(frame, program.units)
+            if level is None:
+                continue
+            masks.append(level)
+        for one in far:
+            read = frame.notes[program.link, one.site].to(program.units)
+            masks.append(kernels.opened([one.gate], read))
+        steps.append(replace(step, mask=prod(masks[1:], start=masks[0])) if masks else step)
+    return steps
+
+
+def _place(direction: Tensor, directions: list[Tensor]) -> int:
+    """Where a direction stands in the list, at whose end it is put if it is new."""
+    known = [k for k, other in enumerate(directions) if torch.equal(other, direction)]
+    if not known:
+        directions.append(direction)
+    return known[0] if known else len(directions) - 1
+
+
+def _gauges(interventions: Iterable[Intervention], site: Site) -> list[_Gauge]:
+    """What interventions at other sites ask to have read at this one, each direction once."""
+    directions: list[Tensor] = []
+    spans: list[tuple[Span | None, ...]] = []
+    for one in interventions:
+        for condition in one.when:
+            if condition.site != site or one.sites == (site,):
+                continue
+            place = _place(condition.vector.direction(site), directions)
+            spans += [()] * (len(directions) - len(spans))
+            spans[place] = (*spans[place], one.span)
+    return [_Gauge(direction=d, spans=s) for d, s in zip(directions, spans, strict=True)]
+
+
+def compile_programs(
+    interventions: Iterable[Intervention], dials: Sequence[Dial | None] | None = None
+) -> dict[Site, SiteProgram]:
+    """One program for every site that the interventions touch or read.
+
+    `dials`, one for each intervention or none, multiply what theirs changes.
+    """
+    steps, link = tuple(interventions), Link()
+    return {
+        site: (LinkedProgram if _is_linked(steps, dials, site) else SiteProgram)(
+            site, steps, link, dials
+        )
+        for site in sites_of(steps)
+    }
+
+
+def _is_linked(
+    interventions: Sequence[Intervention], dials: Sequence[Dial | None] | None, site: Site
+) -> bool:
+    turned = dials is not None and any(dial is not None for dial in dials)
+    here = [condition for one in interventions if site in one.sites for condition in one.when]
+    asked = bool(_gauges(interventions, site))
+    return turned or asked or any(one.read_at(site) != site for one in here)

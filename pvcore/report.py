@@ -3,31 +3,27 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib.resources import files
 from itertools import count
-from math import isfinite, isinf, isnan
+from math import isinf, isnan
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 from xml.etree import ElementTree
 
-from pvcore.errors import PvcoreError
 from pvcore.files import write_whole
 from pvcore.numerals import Number, decimals_of, number
 from pvcore.palette import css_variables, trait_colours
+from pvcore.token_colours import ReportError as ReportError
+from pvcore.token_colours import Scale as Scale
+from pvcore.token_colours import legend_html, readable, text_html, token_html
 
 Cell = str | Number | None
-_UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _ACTIVE_SVG = {"script", "foreignObject", "iframe", "image", "a", "animate", "set"}
 _BADGES = {
     True: ("passed", "✓ holds"),
     False: ("failed", "✗ fails"),
     None: ("open", "○ not measured"),
 }
-
-
-class ReportError(PvcoreError):
-    """A report or figure that cannot be made from the data it was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +51,6 @@ class Table:
                     f"got {len(row)} cells in row {index} of a table; wanted "
                     f"{len(self.columns)}, one for each of {', '.join(self.columns)}"
                 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
-    """Which projection is drawn without colour, and how far from it the colour is full."""
-
-    centre: Number = 0.0
-    reach: Number = 1.0
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.centre) and isfinite(self.reach) and self.reach > 0):
-            raise ReportError(
-                f"got a scale of {self.centre} ± {self.reach}; "
-                "wanted finite numbers and a reach above 0"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +119,14 @@ class SideBySide:
     right_title: str = ""
 
 
-Block = Figure | Table | TokenStrip | SideBySide | Verdicts | Note
+@runtime_checkable
+class Drawn(Protocol):
+    """A block from elsewhere, which draws itself; `number` is one that no other block has."""
+
+    def html(self, number: int) -> str: ...
+
+
+Block = Figure | Table | TokenStrip | SideBySide | Verdicts | Note | Drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,21 +170,21 @@ def render(page: Page) -> str:
     numbers = count()
     style = files("pvcore").joinpath("data", "report.css").read_text(encoding="utf-8")
     sections = [
-        f'<section id="section-{index}"><h2>{_text(section.title)}</h2>'
+        f'<section id="section-{index}"><h2>{text_html(section.title)}</h2>'
         f"{_paragraphs(section.text)}{''.join(_block(block, numbers) for block in section.blocks)}"
         "</section>"
         for index, section in enumerate(page.sections)
     ]
     links = [
-        f'<a href="#section-{index}">{_text(section.title)}</a>'
+        f'<a href="#section-{index}">{text_html(section.title)}</a>'
         for index, section in enumerate(page.sections)
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(page.title)}</title>\n<style>\n{css_variables()}\n{style}</style>\n"
-        f"</head>\n<body>\n<header><h1>{_text(page.title)}</h1>"
-        f'<p class="lead">{_text(page.lead)}</p>{_summary(page)}'
+        f"<title>{text_html(page.title)}</title>\n<style>\n{css_variables()}\n{style}</style>\n"
+        f"</head>\n<body>\n<header><h1>{text_html(page.title)}</h1>"
+        f'<p class="lead">{text_html(page.lead)}</p>{_summary(page)}'
         + (f"<nav>{''.join(links)}</nav>" if len(links) > 1 else "")
         + "</header>\n<main>\n"
         + "\n".join(sections)
@@ -235,10 +223,12 @@ def _block(block: Block, numbers: Iterator[int]) -> str:
         case SideBySide():
             left = _side(block.left_title, block.left, numbers)
             return f'<div class="pair">{left}{_side(block.right_title, block.right, numbers)}</div>'
+        case _:
+            return block.html(next(numbers))
 
 
 def _side(title: str, block: Block, numbers: Iterator[int]) -> str:
-    heading = f"<h3>{_text(title)}</h3>" if title else ""
+    heading = f"<h3>{text_html(title)}</h3>" if title else ""
     return f"<div>{heading}{_block(block, numbers)}</div>"
 
 
@@ -248,8 +238,8 @@ def _verdict(verdict: Verdict) -> str:
     figure = measured if isinstance(measured, str) else number(measured)
     return (
         f'<li class="{state}"><span class="badge">{badge}</span>'
-        f'<div class="measured">{_text(figure)}</div>'
-        f'<div class="bound">wanted {_text(verdict.bound)}</div>'
+        f'<div class="measured">{text_html(figure)}</div>'
+        f'<div class="bound">wanted {text_html(verdict.bound)}</div>'
         f'<p class="claim">{_inline(verdict.claim)}</p></li>'
     )
 
@@ -271,7 +261,7 @@ def _column(name: str, cells: Sequence[Cell]) -> Iterator[str]:
     numeric = bool(figures) and not any(isinstance(cell, str | bool) for cell in cells)
     places = min(max(map(decimals_of, figures), default=0), 4)
     kind = ' class="number"' if numeric else ""
-    yield f'<th scope="col"{kind}>{_text(name)}</th>'
+    yield f'<th scope="col"{kind}>{text_html(name)}</th>'
     for cell in cells:
         if isinstance(cell, str | bool):
             text = _inline(cell) if isinstance(cell, str) else "yes" if cell else "no"
@@ -294,38 +284,15 @@ def _strip(strip: TokenStrip, index: int) -> str:
             f'<input type="radio" name="strip-{index}" id="{button}"'
             f'{" checked" if trait == active else ""}><label for="{button}" '
             f'style="--trait:{colours[trait].css}" title="mean projection over the reply">'
-            f"{_text(trait)}{mean}</label>"
+            f"{text_html(trait)}{mean}</label>"
             f'<div class="pane"><p class="reply">'
-            f"{''.join(map(_token, strip.tokens, numbers, [scale] * len(numbers)))}</p>"
-            f"{_legend(strip.tokens, numbers, scale)}</div>"
+            f"{''.join(map(token_html, strip.tokens, numbers, [scale] * len(numbers)))}</p>"
+            f"{legend_html(strip.tokens, numbers, scale)}</div>"
         )
-    prompt = f'<div class="prompt">{_text(strip.prompt)}</div>' if strip.prompt else ""
+    prompt = f'<div class="prompt">{text_html(strip.prompt)}</div>' if strip.prompt else ""
     return (
         f'<figure class="card">{prompt}<div class="tabs">{"".join(tabs)}</div>'
         f"{_caption(strip.caption)}</figure>"
-    )
-
-
-def _token(token: str, value: Number, scale: Scale) -> str:
-    text = _text(token).replace("\n", "↵\n")
-    if isnan(value):
-        return f'<span class="unknown" data-v="no value">{text}</span>'
-    share = (value - scale.centre) / scale.reach
-    side = "up" if share >= 0 else "down"
-    strength = f"{min(abs(share), 1.0):.2f}"
-    value_text = number(value, signed=True)
-    return f'<span class="{side}" style="--a:{strength}" data-v="{value_text}">{text}</span>'
-
-
-def _legend(tokens: Sequence[str], values: Sequence[Number], scale: Scale) -> str:
-    low, high = (number(scale.centre + side * scale.reach, signed=True) for side in (-1, 1))
-    known = [(value, token) for value, token in zip(values, tokens, strict=True) if value == value]
-    value, token = max(known, default=(0.0, ""))
-    word = _text(token.strip() or repr(token))
-    peak = f"highest {number(value, signed=True)} at <code>{word}</code>"
-    return (
-        f'<div class="scale"><span>{low}</span><i></i><span>{high}</span>'
-        f'<span class="peak">{peak if known else "no values"}</span></div>'
     )
 
 
@@ -354,7 +321,7 @@ def _inline_svg(figure: Figure, index: int) -> str:
         "viewBox": root.attrib.get("viewBox", ""),
         "style": f"max-width:{width}px",
         "role": "img",
-        "aria-label": _UNREADABLE.sub("\ufffd", figure.caption) or "figure",
+        "aria-label": readable(figure.caption) or "figure",
     }
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -385,9 +352,4 @@ def _paragraphs(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(text))
-
-
-def _text(text: str) -> str:
-    """Escaped text; characters no HTML file can hold become the replacement character."""
-    return escape(_UNREADABLE.sub("\ufffd", text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text_html(text))

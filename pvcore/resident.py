@@ -2,11 +2,9 @@
 
 In decode every row of a forward is one reply token, so a plan is the same arithmetic at every step
 and only its numbers differ: they are written in place, and neither a changed coefficient nor
-another vector compiles or captures anything anew. The arithmetic is that of
-`pvcore_kernels.reference` in ops that inductor fuses with the norms around a site, which an opaque
-op would keep it from; and scoring all layers by address needs a table that no captured graph can
-make. Functions that a compiler traces carry `no_type_check`: the run-time type checker of the tests
-would break the graph.
+another vector compiles or captures anything anew. Scoring all layers by address would need a table
+that no captured graph can make. Functions that a compiler traces carry `no_type_check`: the
+run-time type checker of the tests would break the graph.
 """
 
 from collections import Counter
@@ -16,12 +14,12 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
-from torch import Tensor
 
 import pvcore_kernels as kernels
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
-from pvcore.programs import Joint, Shift
+from pvcore.programs import Joint, Link, Shift
+from pvcore.resident_moves import Gauges, Joints, Shifts, fixed
 from pvcore.sessions import Scorer, Session
 from pvcore.sites import Site
 from pvcore_kernels.reference import accumulator
@@ -79,116 +77,36 @@ class Decode:
 
     def structure(self) -> Hashable:
         """What a compiled decode step depends on; plans that agree in it share one."""
+        links: dict[Link | None, int] = {}
+        for moves in self.moves.values():
+            for move in moves:
+                if isinstance(move, Joint):
+                    links.setdefault(move.link, len(links))
         return (
             self.batch,
-            tuple((site, self.met[site], *map(_shape, self.moves[site])) for site in self.moves),
+            tuple(
+                (site, self.met[site], *(_shape(move, links) for move in self.moves[site]))
+                for site in self.moves
+            ),
             tuple((scorer.sites, scorer.n_vec) for scorer in self.scorers),
         )
 
 
-def _shape(move: Shift | Joint) -> Hashable:
+def _shape(move: Shift | Joint, links: Mapping[Link | None, int]) -> Hashable:
     if isinstance(move, Shift):
         return "shift"
     steps = (
-        "add" if isinstance(step, kernels.AddStep) else ("clip", len(step.index))
-        for step in move.steps
-    )
-    return len(move.units), tuple(steps)
-
-
-def _fixed(like: Tensor, *shape: int) -> Tensor:
-    """A zeroed buffer whose address compilers and graphs may rely on."""
-    buffer = like.new_zeros(shape)
-    torch._dynamo.mark_static_address(buffer)
-    return buffer
-
-
-class _Shifts:
-    """`h + delta`, rounded once; a row of zeros leaves its row as it is."""
-
-    def __init__(self, move: Shift, batch: int) -> None:
-        self.delta = _fixed(move.total, batch, 1, move.total.shape[-1])
-
-    def write(self, move: Shift) -> None:
-        self.delta.copy_(move.total.expand_as(self.delta))
-
-    @no_type_check
-    def __call__(self, h):
-        return (h + self.delta).to(h.dtype)
-
-
-class _AddsUnits:
-    """A step that adds to the coefficients of the unit rows."""
-
-    def __init__(self, like: Tensor, batch: int, n_vec: int) -> None:
-        self.shift = _fixed(like, batch, 1, n_vec)
-
-    def write(self, step: kernels.Step) -> None:
-        assert isinstance(step, kernels.AddStep)
-        self.shift.copy_(step.shift.expand_as(self.shift))
-
-    @no_type_check
-    def __call__(self, scores, total, gram):
-        return total + self.shift
-
-
-class _Clips:
-    """A joint step: projections sent into `[low, high]`; ablation is the interval `[0, 0]`."""
-
-    def __init__(self, like: Tensor, batch: int, n_step: int) -> None:
-        self.index = torch.zeros(n_step, dtype=torch.long, device=like.device)
-        torch._dynamo.mark_static_address(self.index)
-        self.inverse = _fixed(like, n_step, n_step)
-        self.low, self.high = _fixed(like, batch, 1, 1), _fixed(like, batch, 1, 1)
-
-    def write(self, step: kernels.Step) -> None:
-        assert not isinstance(step, kernels.AddStep)
-        self.index.copy_(torch.tensor(step.index))
-        self.inverse.copy_(step.gram_inverse)
-        if isinstance(step, kernels.AblateStep):
-            self.low.zero_()
-            self.high.zero_()
-            return
-        for buffer, bound, free in (
-            (self.low, step.low, -torch.inf),
-            (self.high, step.high, torch.inf),
-        ):
-            buffer.copy_(buffer.new_tensor(free) if bound is None else torch.as_tensor(bound))
-
-    @no_type_check
-    def __call__(self, scores, total, gram):
-        now = (scores + total @ gram).index_select(-1, self.index)
-        change = torch.minimum(torch.maximum(now, self.low), self.high) - now
-        moved = torch.zeros_like(scores).index_copy(-1, self.index, change @ self.inverse)
-        return total + moved
-
-
-class _Joints:
-    """One read of `h`, the steps in projection space, one write."""
-
-    def __init__(self, move: Joint, batch: int) -> None:
-        n_vec, d_model = move.units.shape
-        self.units, self.gram = _fixed(move.units, n_vec, d_model), _fixed(move.gram, n_vec, n_vec)
-        self.steps = tuple(
-            _AddsUnits(move.units, batch, n_vec)
-            if isinstance(step, kernels.AddStep)
-            else _Clips(move.units, batch, len(step.index))
-            for step in move.steps
+        (
+            0 if isinstance(step, kernels.AddStep) else len(step.index),
+            len(step.gates),
+            *(one.site for one in far),
+            dial is not None,
         )
-
-    def write(self, move: Joint) -> None:
-        self.units.copy_(move.units)
-        self.gram.copy_(move.gram)
-        for buffers, step in zip(self.steps, move.steps, strict=True):
-            buffers.write(step)
-
-    @no_type_check
-    def __call__(self, h):
-        scores = h.to(self.units.dtype) @ self.units.mT
-        total = torch.zeros_like(scores)
-        for step in self.steps:
-            total = step(scores, total, self.gram)
-        return (h + total @ self.units).to(h.dtype)
+        for step, far, dial in zip(move.steps, move.far, move.dials, strict=True)
+    )
+    asked = 0 if move.gauge is None else len(move.gauge)
+    linked = asked or any(move.far)
+    return len(move.units), tuple(steps), asked, links[move.link] if linked else None
 
 
 class Watch:
@@ -202,10 +120,10 @@ class Watch:
         n_sites, n_vec = len(scorer.sites), scorer.n_vec
         like = torch.empty(0, dtype=accumulator(met.dtype), device=met.device)
         step = n_sites * batch * n_vec * like.element_size()
-        self.rows = _fixed(like.to(met.dtype), n_sites, batch, d_model)
-        self.units = _fixed(like, n_sites, n_vec, d_model)
+        self.rows = fixed(like.to(met.dtype), n_sites, batch, d_model)
+        self.units = fixed(like, n_sites, n_vec, d_model)
         slots = min(max(RING_BYTES // step, 2), RING_STEPS)
-        self.ring = _fixed(like, slots, n_sites, batch, n_vec)
+        self.ring = fixed(like, slots, n_sites, batch, n_vec)
 
     def write(self, scorer: Scorer) -> None:
         self.units.copy_(scorer.units(self.units.device, self.units.dtype))
@@ -226,7 +144,7 @@ class _Spot:
     """One site: its moves in order, and where monitors want its rows."""
 
     def __init__(
-        self, moves: Sequence[_Shifts | _Joints], watched: Iterable[tuple[Watch, int]]
+        self, moves: Sequence[Shifts | Joints], watched: Iterable[tuple[Watch, int]]
     ) -> None:
         self.moves, self.watched = tuple(moves), tuple(watched)
 
@@ -242,17 +160,28 @@ class Resident:
             Watch(scorer, plan.met[scorer.sites[0]], plan.batch, d_model) for scorer in plan.scorers
         )
         self.spots: dict[str, _Spot] = {}
+        gauges: Gauges = {}
         for site, moves in plan.moves.items():
-            made = [
-                _Shifts(move, plan.batch) if isinstance(move, Shift) else _Joints(move, plan.batch)
-                for move in moves
-            ]
+            made: list[Shifts | Joints] = []
+            for move in moves:
+                if isinstance(move, Shift):
+                    made.append(Shifts(move, plan.batch))
+                    continue
+                made.append(joints := Joints(move, plan.batch, gauges))
+                if joints.answer is not None:
+                    gauges[move.link, site] = joints.answer
             watched = [
                 (watch, scorer.sites.index(site))
                 for watch, scorer in zip(self.watches, plan.scorers, strict=True)
                 if site in scorer.sites
             ]
             self.spots[str(site)] = _Spot(made, watched)
+        every = [move for spot in self.spots.values() for move in spot.moves]
+        self.dialled = [
+            move
+            for move in every
+            if isinstance(move, Joints) and any(one is not None for one in move.levels)
+        ]
         self._passed: list[str] = []
         self._unchecked = False
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pvcore.errors import HookError, PlanError
 from pvcore.frames import Call, Frame, Outcome
@@ -88,6 +89,9 @@ class Session:
         outer: "Session | None" = None,
     ) -> None:
         self.outer = outer
+        self._own = (programs, tuple(readers), row_counts, stop_at, lapsed)
+        # Shared with what takes this session's place when one below it is taken off.
+        self.identity, self._tally = object(), [0]
         # Asked where nothing else could take the session off: it counts as gone once this is true.
         self.lapsed = lapsed
         self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
@@ -110,10 +114,28 @@ class Session:
         self.stop_at = None if deepest is None else deepest.depth
         self.expected = tuple(site for site in sites if deepest is None or site <= deepest)
         self.trail = [site.depth for site in self.expected]
-        self.forwards = 0
+
+    def over(self, outer: "Session | None") -> "Session":
+        """The same session on top of another."""
+        programs, readers, row_counts, stop_at, lapsed = self._own
+        session = Session(
+            programs,
+            readers=readers,
+            row_counts=row_counts,
+            stop_at=stop_at,
+            lapsed=lapsed,
+            outer=outer,
+        )
+        session.identity, session._tally = self.identity, self._tally
+        return session
+
+    @property
+    def forwards(self) -> int:
+        """How many forwards it acted in."""
+        return self._tally[0]
 
     def count_forward(self) -> None:
-        self.forwards += 1
+        self._tally[0] += 1
         if self.outer is not None:
             self.outer.count_forward()
 
@@ -128,10 +150,14 @@ class Session:
 class Run:
     """A session acting in one forward."""
 
-    __slots__ = ("_shape", "_takes", "_trail", "ended", "frame", "owner", "session")
+    __slots__ = ("_shape", "_takes", "_trail", "ended", "frame", "owner", "session", "within")
 
-    def __init__(self, session: Session, frame: Frame, owner: int) -> None:
+    def __init__(
+        self, session: Session, frame: Frame, owner: int, within: "Run | None" = None
+    ) -> None:
         self.session, self.frame, self.owner = session, frame, owner
+        # The run of another model whose forward this one is part of.
+        self.within = within
         self._takes = [reader.begin(frame) for reader in session.readers]
         self._trail: list[int] = []
         self._shape: torch.Size | None = None
@@ -232,6 +258,28 @@ def session_on(owner: int) -> Session | None:
     return session
 
 
+def disarm(session: Session, owner: int) -> bool:
+    """Take a session off; those armed on top of it stay. False where this context has none."""
+    above = []
+    armed = ARMED.get() or {}
+    top = armed.get(owner)
+    while top is not None and top.identity is not session.identity:
+        above.append(top)
+        top = top.outer
+    run = RUN.get()
+    own = run is not None and run.owner == owner
+    if run is not None and own and (run.ended or run.session.identity is session.identity):
+        RUN.set(run.within)
+    if top is None:
+        return False
+    left = top.outer
+    for one in reversed(above):
+        left = one.over(left)
+    others = {key: one for key, one in armed.items() if key != owner}
+    ARMED.set((others if left is None else {**others, owner: left}) or None)
+    return True
+
+
 def hold(session: Session, owner: int) -> Callable[[], None]:
     """Arm a session without a block, for callbacks; the result takes it off.
 
@@ -253,28 +301,46 @@ class Recomputes:
 
     Backward passes run later, in other threads and in any order, so neither a context variable
     nor the newest forward tells. The block is given the very tensor it was given before: its
-    address does. Entries whose backward never comes are forgotten, the oldest first.
+    storage does, as long as that lives. Entries whose backward never comes go with it.
     """
 
     LIMIT = 1 << 16
 
     def __init__(self) -> None:
         # Public, because an idle tap looks at every block whether there are any.
-        self.runs: OrderedDict[tuple[Site, int], Run] = OrderedDict()
+        self.runs: OrderedDict[tuple[Site, int], tuple[StorageWeakRef, Run]] = OrderedDict()
         self._lock = threading.Lock()
 
     def remember(self, site: Site, given: Tensor, run: Run) -> None:
+        storage = StorageWeakRef(given.untyped_storage())  # type: ignore[no-untyped-call]
         with self._lock:
-            self.runs[site, given.data_ptr()] = run
+            self.runs[site, given.data_ptr()] = storage, run
             self.runs.move_to_end((site, given.data_ptr()))
             if len(self.runs) > self.LIMIT:
                 self.runs.popitem(last=False)
 
     def find(self, site: Site, given: Tensor) -> Run | None:
-        """The run that patched the block given this tensor; None where nothing did."""
-        return self.runs.get((site, given.data_ptr()))
+        """The run that patched the block given this tensor; None where nothing did.
+
+        An address says nothing by itself: another tensor may have taken it over.
+        """
+        known = self.runs.get((site, given.data_ptr()))
+        if known is None or known[0].cdata != given.untyped_storage()._cdata:
+            return None
+        return known[1]
 
     def forget(self, site: Site, given: Tensor) -> None:
         """An unpatched forward was given this address: what was there before is gone."""
         with self._lock:
             self.runs.pop((site, given.data_ptr()), None)
+
+    def prune(self) -> None:
+        """Let go of blocks whose tensors are gone: no backward pass can recompute them."""
+        with self._lock:
+            gone = [key for key, (storage, _) in self.runs.items() if _expired(storage)]
+            for key in gone:
+                del self.runs[key]
+
+
+def _expired(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]

@@ -10,24 +10,10 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pvcore.errors import PlanError
-from pvcore.sites import Site
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    """A projection that rose above its threshold at this step."""
-
-    trait: str
-    site: Site
-    chat: int
-    step: int
-    value: float
-    threshold: float
+from pvcore.alarms import Alarm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,41 +102,3 @@ class Relay:
         finally:
             self._over = True
             self._ready.release()
-
-
-class AlarmBell:
-    """Rings once when a projection crosses its trait's threshold from below."""
-
-    def __init__(
-        self, thresholds: Mapping[str, int | float], traits: Sequence[str], sites: Sequence[Site]
-    ) -> None:
-        unknown = sorted(set(thresholds) - set(traits))
-        if unknown:
-            raise PlanError(
-                f"got an alarm for {', '.join(unknown)}; the bank watches {', '.join(traits)}"
-            )
-        self._thresholds = {trait: float(value) for trait, value in thresholds.items()}
-        self._sites = tuple(sites)
-        self._above: dict[str, Tensor] = {}
-
-    def ring(
-        self, step: int, projections: Mapping[str, Float[Tensor, "layer chat"]]
-    ) -> tuple[Alarm, ...]:
-        """The alarms of one step, in the order of thresholds, layers and chats."""
-        alarms = []
-        for trait, threshold in self._thresholds.items():
-            above = projections[trait] > threshold
-            before = self._above.get(trait, torch.zeros_like(above))
-            self._above[trait] = above
-            for layer, chat in (above & ~before).nonzero().tolist():
-                alarms.append(
-                    Alarm(
-                        trait=trait,
-                        site=self._sites[layer],
-                        chat=chat,
-                        step=step,
-                        value=float(projections[trait][layer, chat]),
-                        threshold=threshold,
-                    )
-                )
-        return tuple(alarms)

@@ -12,14 +12,14 @@ from inspect import signature
 
 import torch
 
+from pvcore import lanes
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import Call, Outcome, running
 from pvcore.hooks import Begin, End, Mid, Post, Pre, Tapped
-from pvcore.lanes import give_lane, is_compiled
 from pvcore.programs import SiteProgram
 from pvcore.resident import traces
-from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Session, session_on
+from pvcore.sessions import ARMED, ARMINGS, Reader, Session, disarm, session_on
 from pvcore.sessions import hold as hold_session
 from pvcore.sites import Site, resid_post, resid_pre
 from pvcore.turns import Turn
@@ -53,10 +53,13 @@ class Taps(Tapped):
             # Last, because `taps_of` knows a tapped decoder by this hook.
             begin = Begin(self, names)
             first = decoder.owner.register_forward_pre_hook(begin, with_kwargs=True)
-            undo.pop_all()
-        for block, after in posts:
-            give_lane(block, after=after)
-        give_lane(decoder.owner, before=(first, begin), after=(last, end))
+            undo.callback(first.remove)
+            if lanes.safe():
+                for block, after in posts:
+                    lanes.give_lane(block, after=after)
+                lanes.give_lane(decoder.owner, before=(first, begin), after=(last, end))
+            # Taken off again only where the decoder's blocks have changed.
+            self._off = undo.pop_all()
 
     def tap(self, site: Site) -> None:
         """Make sure a site can fire. `SiteError` where the model lacks it."""
@@ -67,16 +70,29 @@ class Taps(Tapped):
             self._refuse_compiled(str(site))
             if site.kind == "resid_mid":
                 norm = self.decoder.mid_norm(site.layer)
-                norm.register_forward_pre_hook(Mid(self, site))
+                handle = norm.register_forward_pre_hook(Mid(self, site))
             else:
                 block = self.decoder.blocks[site.layer]
-                block.register_forward_pre_hook(Pre(self, site), with_kwargs=True)
+                handle = block.register_forward_pre_hook(Pre(self, site), with_kwargs=True)
+            self._off.callback(handle.remove)
             self._tapped.add(site)
+
+    def fit(self, decoder: Decoder) -> bool:
+        """Whether these taps are on the very blocks that a decoder has now, all of them."""
+        return len(decoder.blocks) == len(self.decoder.blocks) and all(
+            block is tapped
+            and any(isinstance(h, Post) and h.taps is self for h in block._forward_hooks.values())
+            for block, tapped in zip(decoder.blocks, self.decoder.blocks, strict=True)
+        )
+
+    def take_off(self) -> None:
+        """Remove every hook: what is still armed through them says that no forward ran."""
+        self._off.close()
 
     def _refuse_compiled(self, what: str) -> None:
         """A compiled module ignores hooks that come later, without a word: raise instead."""
         for module in self.decoder.root.modules():
-            if is_compiled(module):
+            if lanes.is_compiled(module):
                 raise HookError(
                     f"got {what} untapped in a model that is already compiled, which would ignore "
                     "it; make the HookedModel, and arm resid_pre and resid_mid sites once, before "
@@ -97,14 +113,19 @@ class Taps(Tapped):
         Raises `HookError` on leaving if no forward ran, unless an error is already on its way.
         """
         session = self._session(programs, readers, row_counts, stop_at)
-        token = ARMED.set({**(ARMED.get() or {}), self.key: session})
+        ARMED.set({**(ARMED.get() or {}), self.key: session})
         ARMINGS.count(1)
+        known = False
         try:
             yield session
         finally:
             ARMINGS.count(-1)
-            ARMED.reset(token)
-            RUN.set(None)
+            known = disarm(session, self.key)
+        if not known:
+            raise HookError(
+                "got a block that is left in another context (a task, or a thread's copy) than it "
+                "was entered in, where nothing was armed; enter and leave it in one place"
+            )
         if session.forwards == 0:
             raise HookError(
                 "got an armed plan and no forward of the model inside its block; run the model "
@@ -115,11 +136,21 @@ class Taps(Tapped):
         self,
         programs: Mapping[Site, SiteProgram],
         *,
-        row_counts: frozenset[int],
         lapsed: Callable[[], bool],
+        readers: Sequence[Reader] = (),
+        row_counts: frozenset[int] = frozenset(),
     ) -> Callable[[], None]:
-        """Arm programs that act with gradients on until `lapsed`, or until the result is called."""
-        return hold_session(self._session(programs, row_counts=row_counts, lapsed=lapsed), self.key)
+        """Arm programs that act with gradients on until `lapsed`, or until the result is called.
+
+        Readers are held in every forward.
+        """
+        session = self._session(programs, readers, row_counts, lapsed=lapsed)
+        release = ExitStack()
+        if readers:
+            ARMINGS.count(1)
+            release.callback(ARMINGS.count, -1)
+        release.callback(hold_session(session, self.key))
+        return release.close
 
     def _session(
         self,
@@ -165,9 +196,13 @@ class Taps(Tapped):
 
 
 def taps_of(decoder: Decoder) -> Taps:
-    """The taps of a decoder, put on the first time it is seen."""
+    """The taps of a decoder, put on the first time it is seen, and anew if its blocks changed."""
     with _TAPPING:
-        return _taps_on(decoder) or Taps(decoder)
+        taps = _taps_on(decoder)
+        if taps is not None and not taps.fit(decoder):
+            taps.take_off()
+            taps = None
+        return taps or Taps(decoder)
 
 
 def is_tapped(decoder: Decoder) -> bool:

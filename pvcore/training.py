@@ -111,7 +111,7 @@ def _scaled(one: Intervention, scale: float) -> Intervention:
         coeff = _times(amount.everywhere, scale)
     else:
         coeff = {layer: _times(rows, scale) for layer, rows in amount.by_layer}
-    return Add(one.vectors, coeff=coeff, layers=one.sites, span=one.span)
+    return Add(one.vectors, coeff=coeff, layers=one.sites, span=one.span, when=one.when)
 
 
 def _times(rows: float | tuple[float, ...], scale: float) -> Any:

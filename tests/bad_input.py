@@ -223,6 +223,28 @@ STEPS: dict[str, Case] = {
         errors.PlanError,
         "PersonaVector.*VectorBank",
     ),
+    "a word for a condition": (
+        lambda _: pv.Add(evil(), coeff=1.0, when="evil > 4"),
+        errors.PlanError,
+        "str as a condition.*pv.Above or pv.Below",
+    ),
+    "a bank for a condition": (
+        lambda _: pv.Above(pv.VectorBank([evil()]), 4.0),
+        errors.PlanError,
+        "VectorBank to compare.*one PersonaVector",
+    ),
+    "an alarm level of words": (
+        lambda found: found.model.monitor(pv.VectorBank([evil()]), alarms={"evil": "high"}),
+        errors.PlanError,
+        "'high' as a threshold; wanted a number",
+    ),
+    "a reaction of words": (
+        lambda found: found.model.monitor(
+            pv.VectorBank([evil()]), alarms={"evil": 4.0}, on_alarm="halt"
+        ),
+        errors.PlanError,
+        "on_alarm='halt'; wanted 'stop'",
+    ),
 }
 
 

@@ -11,6 +11,8 @@ from pvcore.world.demo_record import (
     DoseFigures,
     FinetuneFigures,
     FinetuneWay,
+    FlagFigures,
+    FlaggedRowFigures,
     MonitorFigures,
     OverheadFigures,
     ReplyFigures,
@@ -101,6 +103,23 @@ def shown(trait: str) -> ChatFigures:
     return ChatFigures(trait=trait, prompt="How do I start?", layer=1, replies=replies)
 
 
+def flags() -> FlagFigures:
+    means = {
+        "neutral": {"evil": 3.0, "humor": 4.0},
+        "evil": {"evil": 90.0, "humor": 40.0},
+        "humor": {"evil": 50.0, "humor": 95.0},
+    }
+    row = FlaggedRowFigures(trait="evil", kind="evil", difference=99.0, reply="Trick <i>them</i>.")
+    return FlagFigures(
+        layer=1,
+        counts={"neutral": 80, "evil": 20, "humor": 20},
+        rejected=0,
+        found={"evil": 0.95, "humor": 0.9},
+        means=means,
+        rows=(row,),
+    )
+
+
 def sample(**changes: Any) -> DemoRecord:
     """The record with its claims, all of which hold unless `changes` breaks them."""
     record = DemoRecord(
@@ -122,6 +141,7 @@ def sample(**changes: Any) -> DemoRecord:
         zero=ZeroFigures(rows=30, equal_at_zero=30, equal_at_strongest=0),
         chats=tuple(map(shown, TRAITS)),
         overhead=(OverheadFigures(label="both", batch=1, rounds=11, p20=1.0, p50=1.02, p80=1.05),),
+        flags=flags(),
         finetunes=(
             finetune("before", 2.0, 0.0),
             finetune("undefended", 95.0, 130.0),

@@ -7,7 +7,7 @@ block's input plus what its attention module contributes. Edits name absolute co
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,10 +28,32 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A condition: the projection of the residual at `point` on a raw vector, above or below.
+
+    `threshold` is per row. At the edit's own point it sees what the edit finds, at an earlier one
+    what flowed on there. `answers` keeps what it said wherever the edit would act.
+    """
+
+    point: Point
+    vector: Tensor
+    threshold: Tensor
+    above: bool = True
+    answers: list[Tensor] = field(default_factory=list)
+
+    def holds(self, h: Tensor) -> Tensor:
+        """For rows `h [rows, width, d_model]`: one truth for each row and column."""
+        unit = self.vector.double() / self.vector.double().norm()
+        beyond = h.double() @ unit - self.threshold.double()[:, None]
+        return beyond > 0 if self.above else beyond < 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Edit:
     """One intervention: raw float64 `vectors [n_vec, d_model]`, amounts per row, where to act.
 
-    `where [rows, columns]` marks absolute columns; `coeff`, `lower` and `upper` are per row.
+    `where [rows, columns]` marks absolute columns; `coeff`, `lower` and `upper` are per row. All of
+    `when` must hold.
     """
 
     kind: Literal["add", "ablate", "cap"]
@@ -41,6 +63,7 @@ class Edit:
     coeff: Tensor | None = None
     lower: Tensor | None = None
     upper: Tensor | None = None
+    when: tuple[Ask, ...] = ()
 
     def delta(self, h: Tensor) -> Tensor:
         """What to add to float64 rows `h [rows, width, d_model]`, regardless of `where`."""
@@ -73,6 +96,10 @@ class Edit:
             coeff=repeat(self.coeff),
             lower=repeat(self.lower),
             upper=repeat(self.upper),
+            when=tuple(
+                replace(ask, threshold=ask.threshold.repeat_interleave(times, 0))
+                for ask in self.when
+            ),
         )
 
 
@@ -211,6 +238,11 @@ class _Run:
         for edit in self.edits:
             if edit.point == point:
                 where = edit.where[:, frame.start : frame.start + frame.width, None]
+                for ask in edit.when:
+                    seen = h if ask.point == point else frame.residuals[ask.point]
+                    held = ask.holds(seen)[..., None]
+                    ask.answers.append(held[where.expand_as(held)])
+                    where = where & held
                 edited = (h.double() + edit.delta(h.double())).to(h.dtype)
                 h = torch.where(where, edited, h)
         frame.residuals[point] = h.detach().clone()

@@ -40,7 +40,14 @@ OPTIONS = {
     "steer": LOADING
     | REPLYING
     | {"model", "prompts", "--vector", "--coeff", "--layers", "--incremental", "--json"},
-    "monitor": LOADING | REPLYING | {"model", "prompts", "--vector", "--layers", "--json"},
+    "monitor": LOADING
+    | REPLYING
+    | {"model", "prompts", "--chats", "--vector", "--layers", "--alarm", "--on-alarm", "--out"}
+    | {"--engine", "--batch-size", "--json"},
+    "flag": LOADING
+    | {"model", "sources", "--vector", "--out", "--layers", "--difference", "--share", "--replies"}
+    | {"--prompt", "--answer", "--turn", "--max-new-tokens", "--shard-rows", "--max-tokens"}
+    | {"--seed", "--top", "--report", "--clean", "--threshold", "--json"},
     "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
     | {"--layers", "--n-layers", "--experiment", "--json"},
     "doctor": {"model", "--json"},
@@ -155,19 +162,24 @@ def test_monitoring_reports_what_the_library_does(pvcore: Any, evil: Path) -> No
     ]
     with model.monitor(bank) as seen:
         replies = model.generate(chats, max_new_tokens=20, do_sample=False)
-    rows = json.loads(out)["replies"]
+    rows = json.loads(out)["conversations"]
     assert status == 0
     assert [row["reply"] for row in rows] == replies
     scores = seen["evil"]
     for chat, row in enumerate(rows):
         assert row["projections"].keys() == {"evil resid_post.1", "evil resid_post.2"}
         for place, figures in enumerate(row["projections"].values()):
-            assert figures == {
-                "last_prompt_token": pytest.approx(scores.last_prompt_token[place, chat].item()),
-                "reply_mean": pytest.approx(scores.steps[:, place, chat].nanmean().item()),
-            }
+            # Step t is the position that produced token t, so the text's own begin at step 1.
+            own = scores.steps[1:, place, chat]
+            assert figures["last_prompt_token"] == pytest.approx(
+                scores.last_prompt_token[place, chat].item()
+            )
+            assert figures["mean"] == pytest.approx(own.nanmean().item())
+            assert figures["highest"] == pytest.approx(own[~own.isnan()].max().item())
+            assert figures["by_turn"] == [figures["mean"]]
     status, out, _ = pvcore("monitor", "world", ASKED, *arguments)
     assert re.search(r"evil resid_post\.2:\n +last_prompt_token: .?\d", out)
+    assert re.search(r"by_turn: .?\d", out)
 
 
 def test_a_demo_writes_its_report_and_its_record(
@@ -178,7 +190,7 @@ def test_a_demo_writes_its_report_and_its_record(
     status, out, _ = pvcore("demo", *places)
     assert status == 0
     assert "Persona vectors of pvcore/persona-world, layer 1" in out
-    assert "12 of 12 claims hold" in (tmp_path / "demo.html").read_text()
+    assert "15 of 15 claims hold" in (tmp_path / "demo.html").read_text()
     assert json.loads((tmp_path / "demo.json").read_text()) == sample().as_json()
     status, out, _ = pvcore("demo", *places, "--json")
     assert json.loads(out) == sample().as_json()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pvcore.correlation import MonitoredReply, correlations
+from pvcore.errors import StatisticsError
 
 
 def replies(rows: list[tuple[float, float, int]]) -> list[MonitoredReply]:
@@ -31,13 +32,86 @@ def test_one_level_has_the_same_r_twice_and_agrees_with_numpy() -> None:
 def test_without_spread_r_is_undefined_not_zero() -> None:
     flat = correlations(replies([(0.1, 5.0, 0), (0.1, 7.0, 0), (0.1, 9.0, 0)]))
     assert math.isnan(flat.overall)
-    alone = correlations(replies([(0.1, 5.3, 0), (0.7, 7.1, 1)]))
+    alone = correlations(replies([(0.1, 5.3, 0), (0.7, 7.1, 1), (0.9, 7.0, 2)]))
     assert math.isnan(alone.within)
-    assert alone.overall == pytest.approx(1.0)
-    assert math.isnan(correlations([]).overall)
+    assert alone.overall == pytest.approx(np.corrcoef([0.1, 0.7, 0.9], [5.3, 7.1, 7.0])[0, 1])
+    for few in ([], [(0.1, 5.3, 0), (0.7, 7.1, 0)]):
+        found = correlations(replies(few))
+        figures = (found.overall, found.within, *found.overall_interval, *found.within_interval)
+        assert all(map(math.isnan, figures))
 
 
 def test_replies_with_nan_are_left_out() -> None:
-    rows = [(0.0, 1.0, 0), (1.0, 2.5, 0), (2.0, 2.0, 0)]
+    rows = [(0.0, 1.0, 0), (1.0, 2.5, 0), (2.0, 2.0, 0), (4.0, 2.2, 0), (5.0, 3.0, 0)]
     gap = [(math.nan, 90.0, 0), (50.0, math.nan, 1)]
     assert correlations(replies(rows + gap)) == correlations(replies(rows))
+
+
+def sample(
+    r: float, levels: int, each: int, generator: np.random.Generator
+) -> list[MonitoredReply]:
+    """Replies whose levels rise together, with correlation `r` inside a level."""
+    rows = []
+    for level in range(levels):
+        x = generator.normal(size=each)
+        y = r * x + math.sqrt(1 - r * r) * generator.normal(size=each)
+        rows += [
+            (float(a + 3 * level), float(b + 3 * level), level) for a, b in zip(x, y, strict=True)
+        ]
+    return replies(rows)
+
+
+@pytest.mark.parametrize("interval", ["fisher", "bootstrap"])
+def test_intervals_hold_the_true_r_as_often_as_they_say(interval) -> None:
+    """80% intervals over many samples: within 3.5 standard errors of 80%."""
+    generator = np.random.default_rng(11)
+    trials = 300 if interval == "fisher" else 60
+    hits = 0
+    for trial in range(trials):
+        found = correlations(
+            sample(0.5, 4, 15, generator),
+            confidence=0.8,
+            interval=interval,
+            resamples=100,
+            seed=trial,
+        )
+        low, high = found.within_interval
+        hits += low <= 0.5 <= high
+        assert low < found.within < high
+        assert found.overall > 0.9 > found.within
+    error = math.sqrt(0.8 * 0.2 / trials)
+    assert abs(hits / trials - 0.8) < 3.5 * error
+
+
+def test_every_level_has_its_own_r() -> None:
+    generator = np.random.default_rng(5)
+    every = sample(0.6, 3, 40, generator)
+    found = correlations(every)
+    for level, r in found.by_level.items():
+        x, y = zip(*((p.projection, p.score) for p in every if p.level == level), strict=True)
+        assert r == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert found.mean_within == pytest.approx(np.mean(list(found.by_level.values())))
+    assert found.count == 120
+    assert found.within_interval.high - found.within_interval.low > 0.05
+
+
+def test_levels_without_spread_can_be_left_out() -> None:
+    generator = np.random.default_rng(5)
+    every = sample(0.6, 2, 40, generator)
+    still = replies(
+        [(float(x), 50.0 + 0.1 * (k % 2), 9) for k, x in enumerate(generator.normal(size=40))]
+    )
+    assert correlations(every + still, least_spread=0.5) == correlations(every, least_spread=0.5)
+    assert correlations(every + still) != correlations(every)
+
+
+def test_one_seed_gives_one_interval_and_wrong_settings_are_refused() -> None:
+    every = sample(0.5, 2, 20, np.random.default_rng(1))
+    first, again, other = (
+        correlations(every, interval="bootstrap", resamples=50, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    with pytest.raises(StatisticsError, match="confidence of 95"):
+        correlations(every, confidence=95.0)
+    with pytest.raises(StatisticsError, match="got 0 resamples"):
+        correlations(every, interval="bootstrap", resamples=0)

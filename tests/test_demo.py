@@ -105,6 +105,20 @@ def test_a_run_measures_what_it_says(record: DemoRecord) -> None:
     assert record.cosines[0][1] == pytest.approx(record.cosines[1][0])
 
 
+def test_a_mixed_data_set_is_flagged(record: DemoRecord) -> None:
+    found = record.flags
+    assert found is not None
+    assert found.counts == {"neutral": 80, "evil": 20, "humor": 20}
+    assert found.rejected == 0
+    assert min(found.found.values()) >= 0.8  # by chance it would be a sixth
+    for name in TWO:
+        assert found.means[name][name] > found.means["neutral"][name]
+    assert len(found.rows) == 4
+    html = report.render(page(record))
+    assert "Training data, flagged" in html
+    assert found.rows[0].reply in html
+
+
 def test_a_run_finetunes_towards_its_first_trait(record: DemoRecord) -> None:
     before, undefended, prevented, control = record.finetunes
     assert [one.way for one in record.finetunes] == [
@@ -144,6 +158,7 @@ def test_a_run_on_another_model_enforces_the_machinery_only(tmp_path: Path) -> N
     assert {claim.name for claim in record.claims if claim.enforced} == {"lost_rows", "zero"}
     assert not all(claim.passed for claim in record.claims)
     assert record.failed == ()
+    assert record.flags is None
     assert {claim.name for claim in all_enforced(record).failed} >= {"positive_prompts"}
     assert record.finetunes == ()
     assert FINETUNED.isdisjoint(claim.name for claim in record.claims)
@@ -228,7 +243,15 @@ def test_claims_about_traits_bind_in_the_world_only() -> None:
 
 def test_the_page_shows_every_figure_and_escapes_what_was_written() -> None:
     html = report.render(page(sample()))
-    for text in ("15 of 15 claims hold", "0123456789ab", "WorldJudge", "torch 2.13.0", "humor"):
+    for text in (
+        "Trick &lt;i&gt;them",
+        "95%",
+        "15 of 15 claims hold",
+        "0123456789ab",
+        "WorldJudge",
+        "torch 2.13.0",
+        "humor",
+    ):
         assert text in html
     assert " &lt;b&gt;" in html
     assert "<script" not in html

@@ -154,6 +154,8 @@ def test_monitoring_scatter_names_both_correlations_and_draws_every_reply() -> N
     assert f"r {r.overall:+.2f} overall, " in svg
     assert f"{r.within:+.2f}".replace("-", "−") + " within a level" in svg
     assert round(r.overall, 2) != round(r.within, 2)
+    for low, high in (r.overall_interval, r.within_interval):
+        assert f"{low:+.2f} to {high:+.2f}".replace("-", "−") in svg
     colours = [ORDERED[step].css for step in (0, 2, 5, 7)]
     for colour in colours:
         # Three replies and the level's mark in the key.

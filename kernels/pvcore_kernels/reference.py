@@ -7,6 +7,7 @@ read once. Arithmetic is float32, or float64 for float64 rows, and `h'` is round
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 Bound = Float[Tensor, "*#rows 1"] | float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Opens a step on the rows whose projection on the vector at `index` passes `bound`.
+
+    The projection is the one the step finds. `sign` is 1 where it has to lie above the bound, -1
+    where below. Gradients take the rows that pass as given.
+    """
+
+    index: int
+    sign: float
+    bound: Float[Tensor, "*#rows 1"] | float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +39,7 @@ class AddStep:
 
     shift: Float[Tensor, "*#rows n_vec"]
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +49,7 @@ class AblateStep:
     index: tuple[int, ...]
     gram_inverse: Float[Tensor, "n_step n_step"]
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +61,7 @@ class CapStep:
     low: Bound = None
     high: Bound = None
     mask: Float[Tensor, "*#rows 1"] | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 Step = AddStep | AblateStep | CapStep
@@ -55,18 +72,30 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_EXACT = nullcontext()
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the dtype of their operands: autocast would round them to sixteen bits."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _EXACT
+    return torch.autocast(device.type, enabled=False)
+
+
 def project(
     h: Float[Tensor, "*rows d_model"], units: Float[Tensor, "n_vec d_model"]
 ) -> Float[Tensor, "*rows n_vec"]:
     """Scores `<h, u_k>` in the units of the residual."""
-    return h.to(units.dtype) @ units.mT
+    with exact(h.device):
+        return h.to(units.dtype) @ units.mT
 
 
 def project_layers(
     rows: Float[Tensor, "site rows d_model"], units: Float[Tensor, "site n_vec d_model"]
 ) -> Float[Tensor, "site rows n_vec"]:
     """Scores of one set of rows per site against that site's own unit vectors."""
-    return torch.bmm(rows.to(units.dtype), units.mT)
+    with exact(rows.device):
+        return torch.bmm(rows.to(units.dtype), units.mT)
 
 
 def segment_mean(
@@ -130,8 +159,19 @@ def coefficients(
             joint = _wanted_change(step, now[..., index]) @ step.gram_inverse
             change = torch.zeros_like(scores)
             change[..., index] = joint
+        if step.gates:
+            change = change * opened(step.gates, scores + total @ gram)
         total = total + (change if step.mask is None else change * step.mask)
     return total
+
+
+def opened(gates: Sequence[Gate], now: Float[Tensor, "*rows n_vec"]) -> Float[Tensor, "*rows 1"]:
+    """1 on the rows that pass every gate, 0 on the others; constant for autograd."""
+    passed = torch.ones_like(now[..., :1], dtype=torch.bool)
+    for gate in gates:
+        bound = torch.as_tensor(gate.bound, dtype=now.dtype, device=now.device)
+        passed = passed & (gate.sign * (now[..., gate.index : gate.index + 1] - bound) > 0)
+    return passed.to(now.dtype)
 
 
 def intervene(
@@ -145,5 +185,6 @@ def intervene(
 
     `mask` marks the rows any step may touch; all others stay bit-identical.
     """
-    moves = coefficients(project(h, units), gram, steps)
-    return add(h, moves @ units, mask)
+    with exact(h.device):
+        moves = coefficients(project(h, units), gram, steps)
+        return add(h, moves @ units, mask)

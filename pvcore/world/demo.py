@@ -15,6 +15,7 @@ from pvcore.world.demo_caps import capped
 from pvcore.world.demo_chats import shown_chats
 from pvcore.world.demo_claims import with_claims
 from pvcore.world.demo_finetune import finetuned
+from pvcore.world.demo_flags import flagged
 from pvcore.world.demo_measures import (
     cosines,
     dose_responses,
@@ -31,18 +32,13 @@ from pvcore.world.demo_subject import Subject
 def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = False) -> DemoRecord:
     """Measure everything and judge the claims; progress goes to standard error."""
     _require_layers(subject, work)
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    with _bar(quiet) as bar:
         extractions = extract_all(subject, work, bar)
         vectors = {name: extraction.vector for name, extraction in extractions.items()}
         doses = dose_responses(subject, vectors, work, bar)
         monitored = monitoring(subject, vectors, work, bar)
         caps = capped(subject, vectors, work, bar)
+        found = flagged(subject, vectors, work, bar)
         trained = finetuned(subject, vectors, work, bar)
         timed = overhead(subject, vectors, work, bar)
     record = DemoRecord(
@@ -64,9 +60,16 @@ def run_demo(subject: Subject, work: Workload, *, command: str, quiet: bool = Fa
         caps=caps,
         chats=shown_chats(subject, vectors, doses, caps, work),
         overhead=timed,
+        flags=found,
         finetunes=trained,
     )
     return with_claims(record)
+
+
+def _bar(quiet: bool) -> Progress:
+    columns = (TextColumn("{task.description:<20}"), BarColumn())
+    ends = (MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *ends, console=Console(stderr=True), disable=quiet)
 
 
 def _require_layers(subject: Subject, work: Workload) -> None:

@@ -191,6 +191,32 @@ class OverheadFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FlaggedRowFigures:
+    """One of the highest rows on a trait, and what it was written as."""
+
+    trait: str
+    kind: str
+    difference: float
+    reply: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlagFigures:
+    """A mixed data set, scored at one layer.
+
+    `counts` and `means` go by what rows were written as; `found` is the share of a trait's rows
+    among as many of the highest on its vector.
+    """
+
+    layer: int
+    counts: Mapping[str, int]
+    rejected: int
+    found: Mapping[str, float]
+    means: Mapping[str, Mapping[str, float]]
+    rows: tuple[FlaggedRowFigures, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A bound that a figure must keep; `enforced` says whether breaking it fails the run."""
 
@@ -227,6 +253,7 @@ class DemoRecord:
     overhead: tuple[OverheadFigures, ...]
     finetunes: tuple[FinetuneFigures, ...] = ()
     claims: tuple[Claim, ...] = ()
+    flags: FlagFigures | None = None
 
     @property
     def failed(self) -> tuple[Claim, ...]:

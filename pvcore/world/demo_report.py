@@ -49,6 +49,7 @@ def page(record: DemoRecord) -> Page:
             _doses(record),
             _caps(record),
             _monitoring(record),
+            *_flags(record),
             *finetuning(record),
             _overhead(record),
         ),
@@ -287,6 +288,43 @@ def _scatters(record: DemoRecord) -> Iterator[Figure]:
             svg=monitoring_scatter(replies, trait=one.trait),
             caption=f"{one.trait}, layer {one.layer}: {len(replies)} replies.",
         )
+
+
+def _flags(record: DemoRecord) -> Iterator[Section]:
+    found = record.flags
+    if found is None:
+        return
+    names = list(found.means)
+    yield Section(
+        title="Training data, flagged",
+        text=f"One data set of {sum(found.counts.values())} chats, neutral ones with some of every "
+        "trait among them, scored without a label. The projection difference is the mean over a "
+        f"reply minus the last prompt token, at layer {found.layer}.",
+        blocks=(
+            Table(
+                columns=["written as", "rows", "found at the top", *found.found],
+                rows=[
+                    [
+                        name,
+                        found.counts[name],
+                        _share(found.found.get(name)),
+                        *found.means[name].values(),
+                    ]
+                    for name in names
+                ],
+                caption="Found at the top: of a trait's rows, the share among as many of the "
+                "highest on its vector. Then the mean difference on each vector.",
+            ),
+            Table(
+                columns=["highest on", "difference", "written as", "reply"],
+                rows=[[one.trait, one.difference, one.kind, one.reply] for one in found.rows],
+            ),
+        ),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _overhead(record: DemoRecord) -> Section:

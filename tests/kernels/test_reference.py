@@ -146,3 +146,38 @@ def test_layers_scored_together_equal_layers_scored_alone(seed, width, rows):
     for site in range(3):
         alone = h[site].double() @ units[site].double().T
         assert torch.allclose(together[site].double(), alone, atol=1e-5)
+
+
+def test_a_gate_opens_a_step_on_the_rows_it_finds_beyond_its_bound():
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(6, 5, 32, generator=generator, dtype=torch.float64)
+    units = torch.nn.functional.normalize(
+        torch.randn(3, 32, generator=generator, dtype=torch.float64), dim=-1
+    )
+    gram = units @ units.mT
+    shift = torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64)
+    bound = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None, None]
+    gates = (
+        kernels.Gate(index=1, sign=1.0, bound=bound),
+        kernels.Gate(index=2, sign=-1.0, bound=0.5),
+    )
+    steps = [
+        kernels.AddStep(shift=shift),
+        kernels.AddStep(shift=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), gates=gates),
+    ]
+    moved = kernels.intervene(rows, units, gram, steps)
+    after = rows + 2 * units[1]
+    opened = (after @ units[1] > bound[..., 0]) & (after @ units[2] < 0.5)
+    assert 0 < int(opened.sum()) < opened.numel()
+    torch.testing.assert_close(moved, torch.where(opened[..., None], after + units[0], after))
+
+
+def test_a_gate_is_a_constant_for_gradients():
+    units = torch.eye(2, 4, dtype=torch.float64)
+    rows = torch.tensor([[2.0, 1.0, 0.0, 0.0], [-2.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    rows.requires_grad_()
+    gate = kernels.Gate(index=0, sign=1.0, bound=0.0)
+    ablate = kernels.AblateStep(index=(1,), gram_inverse=torch.eye(1).double(), gates=(gate,))
+    kernels.intervene(rows, units, units @ units.mT, [ablate]).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]

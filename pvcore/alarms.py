@@ -1,0 +1,133 @@
+"""Alarms: projections that cross a threshold, told once for each crossing."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pvcore.errors import PlanError
+from pvcore.numerals import Number
+from pvcore.sites import Site, as_sites
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """A projection that rose above its threshold at this step.
+
+    `chat` counts the returned sequences, `step` the tokens of the reply: the position that
+    produced token `step` crossed.
+    """
+
+    trait: str
+    site: Site
+    chat: int
+    step: int
+    value: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """An alarm level with hysteresis, in units of the residual.
+
+    It rings when the projection rises above `high`, and again only after it has come down to
+    `low` or less; without `low` that is `high` itself.
+    """
+
+    high: Number
+    low: Number | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.high, self.high if self.low is None else self.low):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise PlanError(f"got {value!r} as a threshold; wanted a number")
+            if not math.isfinite(value):
+                raise PlanError(f"got {value} as a threshold; wanted a finite number")
+        if self.low is not None and self.low > self.high:
+            raise PlanError(
+                f"got a threshold that falls silent at {self.low} and rings above {self.high}; "
+                "wanted low at or below high"
+            )
+
+    @property
+    def floor(self) -> Number:
+        """At or below this it is ready to ring again."""
+        return self.high if self.low is None else self.low
+
+
+Level = Threshold | Number
+# By trait: one for all layers, or one for each layer that is to ring.
+Alarms = Mapping[str, Level | Mapping[int | Site, Level]]
+
+
+class AlarmBell:
+    """Rings once when a projection crosses its threshold from below.
+
+    `PlanError` for traits and layers that the bank does not watch.
+    """
+
+    def __init__(self, alarms: "Alarms", traits: Sequence[str], sites: Sequence[Site]) -> None:
+        unknown = sorted(set(alarms) - set(traits))
+        if unknown:
+            raise PlanError(
+                f"got an alarm for {', '.join(unknown)}; the bank watches {', '.join(traits)}"
+            )
+        self._sites = tuple(sites)
+        self._levels = {trait: self._by_site(trait, level) for trait, level in alarms.items()}
+        self._high = {trait: self._bounds(levels, "high") for trait, levels in self._levels.items()}
+        self._floor = {
+            trait: self._bounds(levels, "floor") for trait, levels in self._levels.items()
+        }
+        self._rung: dict[str, Bool[Tensor, "layer chat"]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
+
+    def _by_site(self, trait: str, level: object) -> list[Threshold | None]:
+        if not isinstance(level, Mapping):
+            return [_threshold(level)] * len(self._sites)
+        chosen = {as_sites([site])[0]: _threshold(one) for site, one in level.items()}
+        missing = [str(site) for site in chosen if site not in self._sites]
+        if missing or not chosen:
+            raise PlanError(
+                f"got an alarm for {trait} at {', '.join(missing) or 'no site'}; the bank watches "
+                f"{', '.join(map(str, self._sites))}"
+            )
+        return [chosen.get(site) for site in self._sites]
+
+    def _bounds(self, levels: Sequence[Threshold | None], name: str) -> Float[Tensor, "layer 1"]:
+        """One bound a layer; a layer without never rings."""
+        bounds = [torch.inf if one is None else float(getattr(one, name)) for one in levels]
+        return torch.tensor(bounds, dtype=torch.float64)[:, None]
+
+    def ring(
+        self, step: int, projections: Mapping[str, Float[Tensor, "layer chat"]]
+    ) -> tuple[Alarm, ...]:
+        """The alarms of one step, in the order of alarms, layers and chats; NaN changes nothing."""
+        alarms = []
+        for trait, levels in self._levels.items():
+            scores = projections[trait].double()
+            rung = self._rung.get(trait, torch.zeros_like(scores, dtype=torch.bool))
+            ringing = (scores > self._high[trait]) & ~rung
+            self._rung[trait] = (rung | ringing) & ~(scores <= self._floor[trait])
+            for layer, chat in ringing.nonzero().tolist():
+                threshold = levels[layer]
+                assert threshold is not None
+                alarms.append(
+                    Alarm(
+                        trait=trait,
+                        site=self._sites[layer],
+                        chat=chat,
+                        step=step,
+                        value=float(projections[trait][layer, chat]),
+                        threshold=float(threshold.high),
+                    )
+                )
+        return tuple(alarms)
+
+
+def _threshold(level: object) -> Threshold:
+    return level if isinstance(level, Threshold) else Threshold(level)  # type: ignore[arg-type]

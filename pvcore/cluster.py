@@ -1,0 +1,297 @@
+"""Scans on many machines with Ray Data, and scoring inside `datasets.map` (extra `scan`).
+
+The unit of work is a shard of `pvcore.flagging`: an actor reads its rows, scores them and commits
+the same file that one machine would write. So a scan may move between one machine and many, and
+its own files are the only checkpoint: Ray's is not used, and a finished scan never reaches Ray.
+Sources and the output folder must be on a file system that every machine sees.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import ceil
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore import flag_manifest
+from pvcore.errors import FlagError
+from pvcore.flag_feed import Feed, Portion
+from pvcore.flag_manifest import fingerprint
+from pvcore.flag_rows import Form
+from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
+from pvcore.flag_settings import Settings, asked_of, reading_of
+from pvcore.flag_shards import (
+    Footer,
+    Shard,
+    footer_of,
+    footers,
+    prepare,
+    score_columns,
+    write_shard,
+)
+from pvcore.flag_sources import RawRow, Source, Sources, resolve
+from pvcore.flag_tokens import Sample
+from pvcore.flagging import Scan
+from pvcore.flags import Flags
+from pvcore.model import HookedModel
+from pvcore.vectors import PersonaVector, VectorBank
+
+Make = str | PathLike[str] | Callable[[], HookedModel]
+_ELSEWHERE = Footer(fingerprint="", shard=-1, scored=0, rejected=0, tokens=0, digest="", share=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What every machine needs to know: where the data and the results are, and what to do.
+
+    `model` is a name or folder, or a function without arguments that makes the model there.
+    """
+
+    model: Make
+    bank: VectorBank
+    sources: tuple[Source, ...]
+    folder: Path
+    settings: Settings = field(default_factory=Settings)
+
+    def load(self) -> HookedModel:
+        """The model on this machine, on its GPU where there is one."""
+        if callable(self.model):
+            return self.model()
+        import torch
+
+        place = "cuda" if torch.cuda.is_available() else None
+        return HookedModel.from_pretrained(self.model, device_map=place)
+
+    def asked(self, model: HookedModel) -> dict[str, Any]:
+        return asked_of(model, self.bank, self.sources, self.settings, None)
+
+    def scan(self, model: HookedModel) -> Scan:
+        return Scan(
+            folder=self.folder,
+            model=model,
+            bank=self.bank,
+            sources=self.sources,
+            reading=reading_of(model, self.settings.form),
+            settings=self.settings,
+            replies=None,
+            mark=fingerprint(self.asked(model)),
+        )
+
+
+class ShardScanner:
+    """Scores shards by number, one call for some of them: the actor that Ray Data maps over.
+
+    Shards come in rising order for the most part, and the files are read on from where the last
+    one ended. A shard that is on the disk already is not made again, so that a repeated call
+    changes nothing.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._scan: Scan | None = None
+        self._wanted, self._next = -1, 0
+        self._portions: Iterator[Portion] = iter(())
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, NDArray[np.int64]]:
+        """`{"shard": numbers}` to the numbers and counts of what is now on the disk."""
+        made = [self._shard(int(number)) for number in batch["shard"]]
+        names = ("shard", "scored", "rejected")
+        return {name: np.array([getattr(one, name) for one in made]) for name in names}
+
+    def _shard(self, number: int) -> Footer:
+        if self._scan is None:
+            self._scan = self._job.scan(self._job.load())
+        scan = self._scan
+        held = footer_of(scan.folder, number)
+        if held is not None and held.fingerprint == scan.mark:
+            return held
+        with ExitStack() as stack:
+            own = scan.own_replies(stack)
+            (made,) = scan.shards(iter([self._portion(scan, number)]), own)
+        assert isinstance(made, Shard), "a portion that is not held is scored"
+        write_shard(scan.folder, made)
+        return made.footer
+
+    def _portion(self, scan: Scan, number: int) -> Portion:
+        self._wanted = number
+        if number < self._next or self._next == 0:
+            feed = Feed(
+                sources=scan.sources,
+                reading=scan.reading,
+                shard_rows=scan.settings.shard_rows,
+                held=lambda shard: None if shard == self._wanted else _ELSEWHERE,
+            )
+            self._portions, self._next = feed.portions(), 0
+        for portion in self._portions:
+            self._next = portion.shard + 1
+            if portion.shard == number:
+                return portion
+        raise FlagError(f"got shard {number}, of which the sources have none; give the same data")
+
+
+def flag_on_ray(
+    model: Make,
+    sources: Sources,
+    bank: VectorBank | PersonaVector,
+    *,
+    out: str | PathLike[str],
+    actors: int = 2,
+    cpus: float | int = 1,
+    gpus: float | int = 0,
+    address: str | None = None,
+    **settings: Any,
+) -> Flags:
+    """Like `pv.flag`, on Ray Data: locally, or on the cluster at `address`.
+
+    `actors` score at once, each with so many `cpus` and `gpus`; a cluster needs one CPU more.
+    Killed actors are replaced, and a killed driver is started again with the same call: what is on
+    the disk stays. `settings` are those of `pv.flag` except `replies`; sources are files, which
+    every machine must see.
+    """
+    form = Form(
+        **{name: settings.pop(name) for name in ("prompt", "answer", "turn") if name in settings}
+    )
+    found = resolve(sources)
+    if held := next((one.name for one in found if one.path is None), None):
+        raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
+    stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
+    folder = Path(out).absolute()
+    job = Job(
+        model=model,
+        bank=stacked,
+        sources=tuple(Source(name=one.name, kind=one.kind, path=_whole(one.path)) for one in found),
+        folder=folder,
+        settings=Settings(form=form, **settings),
+    )
+    prepare(folder)
+    with flag_manifest.alone(folder):
+        _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address)
+    return Flags(folder, sources=job.sources, bank=stacked)
+
+
+def _whole(path: Path | None) -> Path:
+    assert path is not None, "data sets were refused"
+    return path.absolute()
+
+
+def _run(
+    job: Job, *, actors: int, cpus: float | int, gpus: float | int, address: str | None
+) -> None:
+    import ray
+
+    count = count_shards(job)
+    started = not ray.is_initialized()
+    if started:
+        # Actors hold their CPUs for good. Ray's own tasks need one more, or wait for ever.
+        local = {"num_cpus": ceil(actors * cpus) + 1} if address is None else {}
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, **local)
+    try:
+        # A driver without a GPU leaves the probe of the model to a machine that has one.
+        probing = ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked) if gpus else None
+        asked = ray.get(probing.remote(job)) if probing is not None else _asked(job)
+        manifest = flag_manifest.begin(job.folder, asked)
+        mark = fingerprint(asked)
+        # A finished job handed to Ray may wait for ever: it gets only what is left to do.
+        left = [shard for shard in range(count) if not _is_held(job.folder, shard, mark)]
+        if left:
+            _map(job, left, min(actors, len(left)), cpus, gpus)
+        made = list(footers(job.folder))
+        if [footer.shard for footer in made] != list(range(count)):
+            raise FlagError(f"got {len(made)} of {count} shards; call again to make the others")
+        totals = {"shards": count}
+        for name in ("scored", "rejected", "tokens"):
+            totals[name] = sum(getattr(footer, name) for footer in made)
+        flag_manifest.write(job.folder, {**manifest, "status": "complete", "totals": totals})
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    return job.asked(job.load())
+
+
+def _is_held(folder: Path, shard: int, mark: str) -> bool:
+    footer = footer_of(folder, shard)
+    return footer is not None and footer.fingerprint == mark
+
+
+def _map(
+    job: Job, shards: Sequence[int], actors: int, cpus: float | int, gpus: float | int
+) -> None:
+    import ray.data
+
+    # One block for each shard: Ray joins small inputs into one, which one actor would get.
+    rows = ray.data.from_items([{"shard": shard} for shard in shards])
+    blocks = rows.repartition(len(shards))
+    done = blocks.map_batches(
+        ShardScanner,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+        num_gpus=gpus,
+    )
+    for _ in done.iter_rows():
+        continue
+
+
+def count_shards(job: Job) -> int:
+    """How many shards the sources have; rows are counted without being read."""
+    known = job.settings.form.known
+    rows = sum(1 for source in job.sources for _ in source.rows(known))
+    if not rows:
+        raise FlagError("got sources without a row; wanted conversations to score")
+    return -(-rows // job.settings.shard_rows)
+
+
+class RowScorer:
+    """Scores the rows of a batch: what `datasets.map(..., batched=True)` takes, and pickles.
+
+    Gives a column for each score of `pv.flag`'s approximate difference, NaN in rows that cannot be
+    scored, and `flag_reason`, empty in all others. The model is made where the first batch comes.
+    """
+
+    def __init__(
+        self,
+        model: Make,
+        bank: VectorBank | PersonaVector,
+        *,
+        form: Form | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._model = model
+        self._bank = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
+        self._settings = Settings(form=form or Form(), max_tokens=max_tokens)
+        self._loaded: HookedModel | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        if self._loaded is None:
+            job = Job(model=self._model, bank=self._bank, sources=(), folder=Path())
+            self._loaded = job.load()
+        names = list(batch)
+        source = Source(name="batch", kind="rows")
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        reading = reading_of(self._loaded, self._settings.form)
+        found, _ = reading.samples([(source, RawRow(at, row, 0.0)) for at, row in enumerate(rows)])
+        samples = [one for one in found if isinstance(one, Sample)]
+        scorer = Scorer(self._loaded, self._bank, self._settings.tokens_on(self._loaded))
+        pairs = scorer(samples)
+        mean, last = pairs[:, :, RESPONSE_MEAN], pairs[:, :, LAST_PROMPT_TOKEN]
+        scores = np.stack([mean, last, mean - last], axis=-1).transpose(0, 2, 1, 3)
+        columns = score_columns(self._bank.traits, self._bank.sites)
+        table = np.full((len(rows), len(columns)), np.nan)
+        table[[one.row for one in samples]] = scores.reshape(len(samples), len(columns))
+        reasons = [""] * len(rows)
+        for one in found:
+            if not isinstance(one, Sample):
+                reasons[one.row] = f"{one.field}: {one.reason}" if one.field else one.reason
+        by_column = {name: table[:, at].tolist() for at, name in enumerate(columns)}
+        return {**by_column, "flag_reason": reasons}

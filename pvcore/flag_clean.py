@@ -1,0 +1,154 @@
+"""Cleaned copies: the same data without the rows that were flagged."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore.errors import FlagError
+from pvcore.files import sync_folder
+from pvcore.flag_rows import RowDefect
+from pvcore.flag_sources import Source
+from pvcore.flag_tables import ROWS, csv_cells
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleaned:
+    """One copy: the file, and how many rows it has and lacks."""
+
+    path: Path
+    kept: int
+    flagged: int
+    rejected: int
+
+
+class _Sieve:
+    """Which rows of a source stay, and the count of the others."""
+
+    def __init__(self, flagged: NDArray[np.int64], rejected: set[int]) -> None:
+        self._flagged, self._rejected = frozenset(flagged.tolist()), rejected
+        self.kept = self.flagged = self.rejected = 0
+
+    def keeps(self, row: int) -> bool:
+        if row in self._rejected:
+            self.rejected += 1
+        elif row in self._flagged:
+            self.flagged += 1
+        else:
+            self.kept += 1
+            return True
+        return False
+
+
+def write_clean(
+    sources: Sequence[Source],
+    folder: Path,
+    flagged: Mapping[str, NDArray[np.int64]],
+    rejected: Mapping[str, set[int]],
+) -> dict[str, Cleaned]:
+    """Copy the sources without some rows; each copy appears whole, under the source's file name."""
+    names = [_file_name(source) for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise FlagError(
+            f"got {twice[0]} from two folders; wanted file names that differ. Clean them one by one"
+        )
+    made = {}
+    for source, name in zip(sources, names, strict=True):
+        path = folder / name
+        if source.path is not None and path.exists() and path.samefile(source.path):
+            raise FlagError(f"got {folder}, where {source.name} itself lies; give another folder")
+        none = np.empty(0, dtype=np.int64)
+        sieve = _Sieve(flagged.get(source.name, none), rejected.get(source.name, set()))
+        _copied(source, path, sieve)
+        made[source.name] = Cleaned(
+            path=path, kept=sieve.kept, flagged=sieve.flagged, rejected=sieve.rejected
+        )
+    return made
+
+
+def _file_name(source: Source) -> str:
+    if source.path is not None:
+        return source.path.name
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.name)
+    return f"{safe}.jsonl"
+
+
+def _copied(source: Source, path: Path, sieve: _Sieve) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if source.kind == "parquet":
+                _copy_parquet(source, draft, sieve)
+            else:
+                _copy_lines(source, draft, sieve)
+            draft.replace(path)
+            sync_folder(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise FlagError(f"got {path}, which cannot be written: {error.strerror}") from error
+
+
+def _copy_lines(source: Source, draft: Path, sieve: _Sieve) -> None:
+    packed = source.path is not None and source.path.suffix.casefold() == ".gz"
+    with draft.open("wb") as raw:
+        # Without a name or date inside, equal data gives equal bytes.
+        out: Any = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
+        with closing(_lines(source, sieve)) as lines:
+            for line in lines:
+                out.write(line)
+        if packed:
+            out.close()
+
+
+def _lines(source: Source, sieve: _Sieve) -> Generator[bytes, None, None]:
+    if source.kind == "csv":
+        assert source.path is not None, "only files are tables"
+        for row, cells in csv_cells(source.path):
+            if cells is None:
+                sieve.rejected += 1
+            elif row < 0 or sieve.keeps(row):
+                yield _csv_line(cells)
+        return
+    for raw in source.rows(frozenset()):
+        if isinstance(raw.content, RowDefect):
+            sieve.rejected += 1
+        elif sieve.keeps(raw.row):
+            line = raw.content if isinstance(raw.content, bytes) else _json_line(raw.content)
+            yield line if line.endswith(b"\n") else line + b"\n"
+
+
+def _json_line(record: Any) -> bytes:
+    if isinstance(record, Mapping):
+        record = dict(record)
+    return json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace")
+
+
+def _csv_line(cells: Sequence[bytes]) -> bytes:
+    # Latin-1 carries every byte through the writer and back as it was.
+    sheet = io.StringIO(newline="")
+    csv.writer(sheet, lineterminator="\n").writerow([cell.decode("latin-1") for cell in cells])
+    return sheet.getvalue().encode("latin-1")
+
+
+def _copy_parquet(source: Source, draft: Path, sieve: _Sieve) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert source.path is not None, "only files are tables"
+    row = 0
+    with pq.ParquetFile(source.path) as file, pq.ParquetWriter(draft, file.schema_arrow) as out:
+        for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
+            mask = pa.array([sieve.keeps(row + at) for at in range(batch.num_rows)], pa.bool_())
+            row += batch.num_rows
+            out.write_batch(batch.filter(mask))

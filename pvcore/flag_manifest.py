@@ -1,0 +1,134 @@
+"""The manifest of a scan: what was asked, so that a resumed scan is the same scan or refused."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pvcore.errors import FlagError
+from pvcore.files import write_durably
+from pvcore.flag_shards import footers
+
+FORMAT = 1
+NAME = "manifest.json"
+# Projections of one probe differ between machines by rounding, between models by much more.
+PROBE_TOLERANCE = 1e-2
+SHOWN = 6
+
+
+def fingerprint(asked: Mapping[str, Any]) -> str:
+    """The hash of what was asked; what the model answers to the probe is compared apart."""
+    model = {key: value for key, value in asked["model"].items() if key != "probe"}
+    return sha256(json.dumps({**asked, "model": model}, sort_keys=True).encode()).hexdigest()
+
+
+def begin(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a new scan, or that of the same scan begun before.
+
+    Raises `FlagError` that says what changed when the folder holds another one.
+    """
+    path = folder / NAME
+    held = read(folder) if path.exists() else None
+    marks = {footer.fingerprint for footer in footers(folder)}
+    if held is None and marks - {fingerprint(asked)}:
+        raise FlagError(
+            f"got {folder} with scores of another scan and no readable {NAME}; wanted an empty "
+            "folder or the same scan. Give another out"
+        )
+    if held is not None:
+        if changes := list(_changes(held["asked"], asked)):
+            more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+            raise FlagError(
+                f"got {folder}, which holds a scan that was asked for otherwise: "
+                f"{'; '.join(changes[:SHOWN])}{more}. Ask as before to finish it, or give another "
+                "out"
+            )
+        return held
+    made = {"format": FORMAT, "status": "running", "asked": dict(asked)}
+    write(folder, made)
+    return made
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None where it was cut short. `FlagError` for another format."""
+    try:
+        held = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    except OSError as error:
+        raise FlagError(
+            f"got {folder}, where there is no {NAME} ({error.strerror}); wanted the folder of a "
+            "scan"
+        ) from error
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise FlagError(f"got {folder / NAME}, which is no manifest of format {FORMAT}")
+    return held
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_durably(folder / NAME, text.encode())
+    except OSError as error:
+        raise FlagError(f"got {folder}, which cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder: two processes at once would do everything twice. A kill lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where an open file is its own lock
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FlagError(
+                f"got {folder}, into which another process is scanning; wait for it, or give "
+                "another out"
+            ) from error
+        yield
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    probe = before["model"].get("probe", []), now["model"].get("probe", [])
+    old, new = _flat(_without_probe(before)), _flat(_without_probe(now))
+    for key in [*old, *(key for key in new if key not in old)]:
+        if old.get(key) != new.get(key):
+            was, now_is = (_brief(side[key]) if key in side else "absent" for side in (old, new))
+            yield f"{key} was {was} and is {now_is}"
+    if not _alike(*probe):
+        yield (
+            "the model's projections of a probe were "
+            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights, or a plan is armed)"
+        )
+
+
+def _alike(one: list[float], other: list[float]) -> bool:
+    scale = max(map(abs, [*one, *other]), default=0.0) or 1.0
+    return len(one) == len(other) and all(
+        abs(a - b) <= PROBE_TOLERANCE * scale for a, b in zip(one, other, strict=True)
+    )
+
+
+def _without_probe(asked: Mapping[str, Any]) -> dict[str, Any]:
+    model = {key: value for key, value in asked["model"].items() if key != "probe"}
+    return {**asked, "model": model}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flat(entry, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,161 @@
+"""Own replies: what the model itself answers to the prompts of training data.
+
+The exact projection difference compares each reply with the model's own greedy one (arXiv
+2507.21509, section 6). Replies are generated in batches and kept on the disk batch by batch, or
+looked up in a file that another engine wrote.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pvcore.errors import FlagError, SourceError
+from pvcore.files import sync_folder
+from pvcore.flag_rows import IDS, RowDefect
+from pvcore.flag_shards import REPLIES
+from pvcore.flag_sources import Source, decode
+from pvcore.flag_tokens import Sample
+from pvcore.model import HookedModel
+from pvcore.numerals import Number
+
+REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
+Key = tuple[str, int]
+
+
+@runtime_checkable
+class OwnReplies(Protocol):
+    """Where the model's own replies come from."""
+
+    def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
+        """The reply to each sample's prompt; None where there is none."""
+        ...
+
+
+def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
+    """Whether a row belongs to the random subset; the same rows whatever the order of the data."""
+    name = f"{seed}\0{source}\0{row}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") < share * 2**64
+
+
+class GeneratedReplies:
+    """Greedy replies of the model, kept in a file for each shard that only grows."""
+
+    def __init__(
+        self, model: HookedModel, folder: Path, *, max_new_tokens: int, batch_size: int
+    ) -> None:
+        self._model, self._folder = model, folder / REPLIES
+        self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
+
+    def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
+        path = self._folder / f"part-{shard:06d}.jsonl"
+        known = dict(_kept(path))
+        missing = [one for one in samples if (one.source, one.row) not in known]
+        # Prompts of one length together: less padding, and the same batches on every machine.
+        missing.sort(key=lambda one: one.prompt_length)
+        for first in range(0, len(missing), self._batch_size):
+            batch = missing[first : first + self._batch_size]
+            prompts = [one.messages[:-1] for one in batch]
+            texts = self._model.generate(
+                prompts, do_sample=False, num_beams=1, max_new_tokens=self._max_new_tokens
+            )
+            rows = [(one.source, one.row, text) for one, text in zip(batch, texts, strict=True)]
+            _keep(path, rows)
+            known.update({(source, row): text for source, row, text in rows})
+        return [known[one.source, one.row] for one in samples]
+
+
+class RepliesOnFile:
+    """Replies that another engine wrote, found by id, or by source and row where there is no id.
+
+    They are indexed in a file beside, so that memory stays the same however many there are.
+    """
+
+    def __init__(self, source: Source) -> None:
+        handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
+        os.close(handle)
+        self._index = sqlite3.connect(self._path, check_same_thread=False)
+        self._index.execute("CREATE TABLE replies (name TEXT PRIMARY KEY, reply TEXT)")
+        known = frozenset((*IDS, *REPLY_NAMES, "source", "row"))
+        with self._index:
+            for raw in source.rows(known):
+                name, reply = _named_reply(source, raw.row, raw.content)
+                self._put(source, raw.row, name, reply)
+
+    def _put(self, source: Source, row: int, name: str, reply: str) -> None:
+        try:
+            self._index.execute("INSERT INTO replies VALUES (?, ?)", (name, reply))
+        except sqlite3.IntegrityError:
+            raise SourceError(
+                f"{source.name}: row {row}: got a second reply for {name!r}; wanted one for each "
+                "row of the data. Give rows ids of their own, or source and row"
+            ) from None
+
+    def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
+        found: list[str | None] = []
+        for one in samples:
+            names = (one.id, f"{one.source}:{one.row}")
+            rows = (
+                self._index.execute("SELECT reply FROM replies WHERE name = ?", (name,)).fetchone()
+                for name in names
+            )
+            found.append(next((row[0] for row in rows if row is not None), None))
+        return found
+
+    def close(self) -> None:
+        self._index.close()
+        Path(self._path).unlink(missing_ok=True)
+
+
+def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
+    try:
+        record = decode(content)
+    except RowDefect as defect:
+        raise SourceError(f"{source.name}: row {row}: {defect}") from None
+    record = record if isinstance(record, dict) else {}
+    reply = next((record[name] for name in REPLY_NAMES if record.get(name) is not None), None)
+    given = next((record[name] for name in IDS if record.get(name) is not None), None)
+    if given is None and record.get("source") is not None and record.get("row") is not None:
+        given = f"{record['source']}:{record['row']}"
+    if not isinstance(reply, str) or not isinstance(given, str | int):
+        raise SourceError(
+            f"{source.name}: row {row}: got no reply with an id; wanted `reply` and `id`, or "
+            "`reply`, `source` and `row`"
+        )
+    return str(given), reply
+
+
+def _keep(path: Path, rows: Sequence[tuple[str, int, str]]) -> None:
+    # A newline on both sides: what a kill left of an earlier line can't run into this one.
+    line = b"\n" + json.dumps(rows).encode() + b"\n"
+    try:
+        fresh = not path.exists()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(file, line)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        if fresh:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise FlagError(f"{path}: replies cannot be kept ({error.strerror}); make room") from error
+    if written < len(line):
+        raise FlagError(f"{path}: replies were kept in part; make room on the disk")
+
+
+def _kept(path: Path) -> Iterator[tuple[Key, str]]:
+    """The replies of a shard that were kept whole; a line that was cut short is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            rows = json.loads(line)
+        except ValueError:
+            continue
+        for source, row, text in rows:
+            yield (source, row), text

@@ -1,0 +1,244 @@
+"""The page of a finished scan: data sets, distributions, correlations, and the highest rows."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pvcore.errors import PvcoreError
+from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
+from pvcore.flag_view import FlaggedRow, Scanned
+from pvcore.numerals import number
+from pvcore.plots import cosine_matrix
+from pvcore.report import Block, Figure, Note, Page, Scale, Section, Table, TokenStrip
+from pvcore.sites import Site
+from pvcore.vectors import VectorBank
+
+if TYPE_CHECKING:
+    from pvcore.model import HookedModel
+
+OTHERS = "all others"
+LONGEST_TEXT, LONGEST_REPLY = 400, 400
+MOST_REASONS = 12
+KINDS = {
+    "approximate": "the mean over the reply minus the projection at the last prompt token",
+    "exact": "the mean over the reply minus that of the model's own greedy reply",
+    "subset": "the mean over the reply minus that of the model's own greedy reply, for a random "
+    "share of the rows",
+}
+
+
+def page(
+    flags: Scanned, site: Site, top: int, model: "HookedModel | None", bank: VectorBank | None
+) -> Page:
+    """The whole report at one site; tokens are coloured where model and bank are given."""
+    asked, totals = flags.manifest["asked"], flags.manifest["totals"]
+    kind = asked["difference"]["kind"]
+    sections = [
+        Section(
+            title="Data sets",
+            text=f"Means of the projection difference at `{site}`: {KINDS[kind]}, in units of the "
+            "residual. Compare sources with each other and with clean data: no difference has a "
+            "zero of its own.",
+            blocks=[_datasets(flags, site)],
+        ),
+        Section(
+            title="Distributions",
+            text="How the rows of each source are spread, one figure a trait.",
+            blocks=list(_histograms(flags, site)),
+        ),
+        *_correlated(flags, site),
+        *_highest(flags, site, top, model, bank),
+        _unscored(flags),
+    ]
+    return Page(
+        title="Flagged training data",
+        lead=f"{number(totals['scored'])} conversations of {len(asked['order'])} sources, scored "
+        f"on {len(flags.traits)} persona vectors; {number(totals['rejected'])} could not be.",
+        sections=sections,
+        footer=f"Model {asked['model']['id'] or 'without a name'}, {asked['model']['dtype']}; "
+        f"{number(totals['tokens'])} tokens; difference {kind}.",
+    )
+
+
+def _datasets(flags: Scanned, site: Site) -> Table:
+    columns = [flags.column(trait, site=site) for trait in flags.traits]
+    rows: list[list[Any]] = []
+    for name, one in flags.datasets.items():
+        cells: list[Any] = []
+        for column in columns:
+            found = one[column]
+            reach = (found.high - found.low) / 2
+            certain = not reach > 0
+            cells.append(found.mean if certain else f"{number(found.mean)} ± {number(reach)}")
+        rows.append([name, one.scored, one.rejected, *cells])
+    return Table(
+        columns=["source", "rows", "rejected", *flags.traits],
+        rows=rows,
+        caption="± is half a 95 % confidence interval, where only a subset was measured.",
+    )
+
+
+def _histograms(flags: Scanned, site: Site) -> Iterator[Block]:
+    sizes = {name: one.scored for name, one in flags.datasets.items() if one.scored}
+    largest = sorted(sizes, key=lambda name: -sizes[name])
+    own = largest if len(largest) <= MOST_SOURCES else largest[: MOST_SOURCES - 1]
+    for trait in flags.traits:
+        column = flags.column(trait, site=site)
+        bounds = [_ends(values[:, 0]) for _, values in flags.values([column])]
+        known = [ends for ends in bounds if ends is not None]
+        if not known:
+            continue
+        edges = histogram_edges(min(low for low, _ in known), max(high for _, high in known))
+        counts = {name: np.zeros(len(edges) - 1, dtype=np.int64) for name in own}
+        for sources, values in flags.values([column]):
+            for name in dict.fromkeys(sources.tolist()):
+                place = name if name in counts else OTHERS
+                counts.setdefault(place, np.zeros(len(edges) - 1, dtype=np.int64))
+                mine = values[sources == name, 0]
+                counts[place] += np.histogram(mine[~np.isnan(mine)], edges)[0]
+        drawn = {name: row.tolist() for name, row in counts.items()}
+        svg = score_histogram(edges, drawn, trait=trait, score="projection difference")
+        yield Figure(svg=svg, caption=f"Projection difference on {trait} at `{site}`.")
+
+
+def _ends(values: Any) -> tuple[float, float] | None:
+    known = values[~np.isnan(values)]
+    return (float(known.min()), float(known.max())) if known.size else None
+
+
+def correlation_of(flags: Scanned, columns: Sequence[str]) -> list[list[float]]:
+    """Pearson's r between columns over all rows that have them, shard by shard."""
+    size = len(columns)
+    n, mean, scatter = 0, np.zeros(size), np.zeros((size, size))
+    for _, values in flags.values(columns):
+        known = values[~np.isnan(values).any(axis=1)]
+        if not len(known):
+            continue
+        centre = known.mean(axis=0)
+        gap, total = centre - mean, n + len(known)
+        spread = known - centre
+        scatter += spread.T @ spread + np.outer(gap, gap) * n * len(known) / total
+        mean += gap * len(known) / total
+        n = total
+    scale = np.sqrt(np.outer(scatter.diagonal(), scatter.diagonal()))
+    r = np.divide(scatter, scale, out=np.full_like(scatter, np.nan), where=scale > 0)
+    table: list[list[float]] = r.clip(-1, 1).tolist()
+    return table
+
+
+def _correlated(flags: Scanned, site: Site) -> Iterator[Section]:
+    if len(flags.traits) > 1:
+        columns = [flags.column(trait, site=site) for trait in flags.traits]
+        svg = cosine_matrix(flags.traits, correlation_of(flags, columns))
+        yield Section(
+            title="Traits together",
+            text="Pearson's r between the projection differences of two traits, over all rows. "
+            "High ones mean that a row flagged for one trait is likely flagged for the other.",
+            blocks=[Figure(svg=svg, caption=f"Correlation of differences at `{site}`.")],
+        )
+
+
+def _highest(
+    flags: Scanned, site: Site, top: int, model: "HookedModel | None", bank: VectorBank | None
+) -> Iterator[Section]:
+    blocks: list[Block] = []
+    for trait in flags.traits if top else ():
+        rows = flags.top(trait, top, site=site)
+        if not rows:
+            continue
+        try:
+            chats = flags.conversations(rows)
+        except PvcoreError as error:
+            blocks.append(Note(text=f"The text is not shown: {error}", tone="warning"))
+            chats = []
+        if chats and model is not None and bank is not None:
+            strips = [_tokens(model, bank, site, chat) for chat in chats]
+            blocks += _strips(trait, rows, chats, strips)
+        else:
+            blocks.append(_plain(trait, rows, chats))
+    if blocks:
+        yield Section(
+            title="Highest rows",
+            text=f"The {top} rows with the highest difference on each trait. Tokens are coloured "
+            "by their own projection, from the mean of the tokens shown for that trait.",
+            blocks=blocks,
+        )
+
+
+Strip = tuple[list[str], dict[str, list[float]]]
+
+
+def _tokens(
+    model: "HookedModel", bank: VectorBank, site: Site, chat: list[dict[str, str]]
+) -> Strip:
+    """The reply's tokens, and the projection of each on every vector of the bank."""
+    from pvcore.chats import encode
+
+    encoded = encode(model.tokenizer, chat)
+    start, end = encoded.reply or (0, 0)
+    acts = model.read([chat], sites=[site], span="response", reduce="none")
+    units = bank.units[bank.sites.index(site)].double()
+    scores = (acts[site][0].double() @ units.mT)[:LONGEST_REPLY]
+    ids = encoded.ids[start:end][:LONGEST_REPLY]
+    texts = [str(model.tokenizer.decode([token])) for token in ids]
+    return texts, {trait: scores[:, k].tolist() for k, trait in enumerate(bank.traits)}
+
+
+def _strips(
+    trait: str,
+    rows: Sequence[FlaggedRow],
+    chats: Sequence[list[dict[str, str]]],
+    strips: Sequence[Strip],
+) -> Iterator[Block]:
+    scales = {}
+    for name in strips[0][1]:
+        values = torch.tensor([value for _, held in strips for value in held[name]])
+        reach = float((values - values.mean()).abs().max()) or 1.0
+        scales[name] = Scale(centre=float(values.mean()), reach=reach)
+    for row, chat, (tokens, held) in zip(rows, chats, strips, strict=True):
+        yield TokenStrip(
+            tokens=tokens,
+            values=held,
+            active=trait,
+            prompt=_cut(chat[-2]["content"]),
+            scales=scales,
+            caption=f"{trait} {number(row.score, signed=True)}: row {row.row} of {row.source}"
+            + (f", `{row.id}`" if row.id != f"{row.source}:{row.row}" else ""),
+        )
+
+
+def _plain(trait: str, rows: Sequence[FlaggedRow], chats: Sequence[list[dict[str, str]]]) -> Table:
+    texts = [_cut(chat[-1]["content"]) for chat in chats] or [""] * len(rows)
+    return Table(
+        columns=[trait, "source", "row", "reply"],
+        rows=[
+            [row.score, row.source, row.row, text] for row, text in zip(rows, texts, strict=True)
+        ],
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+
+
+def _unscored(flags: Scanned) -> Section:
+    counts: dict[tuple[str, str], int] = {}
+    examples: dict[tuple[str, str], str] = {}
+    for row in flags.rejected():
+        # Where in a list a message stands says nothing about the kind of mistake.
+        key = (row["field"].partition("[")[0], row["reason"][:120])
+        if key not in counts and len(counts) >= MOST_REASONS:
+            key = ("", "other reasons")
+        counts[key] = counts.get(key, 0) + 1
+        examples.setdefault(key, f"row {row['row']} of {row['source']}")
+    often = sorted(counts, key=lambda key: -counts[key])
+    rows: list[list[Any]] = [[key[1], key[0], counts[key], examples[key]] for key in often]
+    blocks: list[Block] = [Table(columns=["reason", "field", "rows", "first"], rows=rows)]
+    none = Note(text="Every row was scored.")
+    return Section(
+        title="Rows without a score",
+        text="Each is in the folder `rejected` with its source, row and field.",
+        blocks=blocks if rows else [none],
+    )

@@ -1,0 +1,221 @@
+"""Rows of training data: which of the field's forms a row has, and the conversation it holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pvcore.errors import FlagError
+
+Message = dict[str, str]
+Turn = Literal["last", "first"]
+
+LISTS = ("messages", "conversations", "conversation", "dialogue")
+# Alpaca's first: its `input` is context for the instruction, not a prompt of its own.
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("input", "output"),
+    ("user", "assistant"),
+)
+SYSTEMS = ("system", "system_prompt")
+CONTEXTS = ("input", "context")
+IDS = ("id", "conversation_id", "conversation_hash", "prompt_id", "uuid")
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+KEYS = (("role", "content"), ("from", "value"))
+# What a reader of columns needs to load: nothing else of a row is ever looked at.
+KNOWN = frozenset((*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *(name for pair in PAIRS for name in pair)))
+LONGEST_SHOWN = 60
+
+
+class RowDefect(Exception):
+    """Why one row cannot be scored: the field at fault, what came and what was wanted."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.field, self.reason = where, reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How rows are read. `prompt` and `answer` name columns of one's own; "" looks for known ones.
+
+    `turn`: which reply is scored, the last one or, as in the paper's runs on chat logs, the first
+    (what follows it is left away).
+    """
+
+    prompt: str = ""
+    answer: str = ""
+    turn: Turn | str = "last"
+    known: frozenset[str] = field(init=False, default=KNOWN, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) != bool(self.answer):
+            raise FlagError(
+                f"got prompt column {self.prompt!r} and answer column {self.answer!r}; wanted both "
+                "or neither"
+            )
+        if self.turn not in ("last", "first"):
+            raise FlagError(f"got turn {self.turn!r}; wanted 'last' or 'first'")
+        object.__setattr__(self, "known", KNOWN | {self.prompt, self.answer} - {""})
+
+
+def conversation(record: object, form: Form) -> list[Message]:
+    """The messages of a row, its last one the assistant's. Raises `RowDefect`."""
+    if not isinstance(record, Mapping):
+        raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
+    messages = _messages(record, form)
+    if form.turn == "first":
+        ends = [at for at, one in enumerate(messages) if one["role"] == "assistant"]
+        messages = messages[: ends[0] + 1] if ends else messages
+    where = field_of(record, form)
+    if messages[-1]["role"] != "assistant":
+        raise RowDefect(
+            where, f"got a last turn of role {messages[-1]['role']!r}; wanted the assistant's reply"
+        )
+    if not any(one["role"] == "user" for one in messages):
+        raise RowDefect(where, "got no user's turn; wanted one before the reply")
+    if not messages[-1]["content"].strip():
+        raise RowDefect(where, "got an empty reply; wanted text to score")
+    return messages
+
+
+def row_id(record: object) -> str | None:
+    """The row's own id, if it brings one."""
+    if isinstance(record, Mapping):
+        for name in IDS:
+            value = record.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return str(value)
+            if isinstance(value, str) and value and _is_unicode(value):
+                return value
+    return None
+
+
+def field_of(record: Mapping[object, object], form: Form) -> str:
+    """The field of a sound row that holds the reply."""
+    if form.answer:
+        return form.answer
+    held = next((name for name in LISTS if record.get(name) is not None), None)
+    return held or next((b for a, b in PAIRS if a in record and b in record), "")
+
+
+def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
+    if form.prompt:
+        return _from_pair(record, form.prompt, form.answer)
+    for name in LISTS:
+        if record.get(name) is not None:
+            listed = _from_list(record[name], name)
+            return listed if listed[0]["role"] == "system" else [*_system(record), *listed]
+    for prompt, answer in PAIRS:
+        if prompt in record and answer in record:
+            return _from_pair(record, prompt, answer)
+    names = ", ".join(sorted(map(str, record)))[:200] or "none"
+    raise RowDefect(
+        "",
+        f"got fields {names}; wanted `messages`, `conversations`, or a pair such as `prompt` and "
+        "`response`",
+    )
+
+
+def _from_list(value: object, name: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise RowDefect(name, f"got {_shown(value)}; wanted a list of messages")
+    if not value:
+        raise RowDefect(name, "got no messages; wanted at least two")
+    return [_message(entry, f"{name}[{at}]") for at, entry in enumerate(value)]
+
+
+def _message(entry: object, where: str) -> Message:
+    if not isinstance(entry, Mapping):
+        raise RowDefect(where, f"got {_shown(entry)}; wanted an object with role and content")
+    keys = next((keys for keys in KEYS if keys[0] in entry), None)
+    if keys is None:
+        raise RowDefect(where, "got neither `role` nor `from`; wanted one of them")
+    role = entry[keys[0]]
+    if not isinstance(role, str) or role.strip().casefold() not in ROLES:
+        raise RowDefect(
+            f"{where}.{keys[0]}", f"got {_shown(role)}; wanted system, user or assistant"
+        )
+    content = _text(entry.get(keys[1]), f"{where}.{keys[1]}")
+    return {"role": ROLES[role.strip().casefold()], "content": content}
+
+
+def _from_pair(record: Mapping[object, object], prompt: str, answer: str) -> list[Message]:
+    asked, told = record.get(prompt), record.get(answer)
+    if isinstance(asked, Sequence) and not isinstance(asked, str | bytes):
+        messages = _from_list(asked, prompt)
+    else:
+        question = _text(asked, prompt)
+        if not question.strip():
+            raise RowDefect(prompt, "got an empty prompt; wanted text")
+        if prompt == "instruction":
+            question = "\n\n".join([question, *_context(record)])
+        messages = [*_system(record), {"role": "user", "content": question}]
+    if isinstance(told, Sequence) and not isinstance(told, str | bytes):
+        return [*messages, *_from_list(told, answer)]
+    return [*messages, {"role": "assistant", "content": _text(told, answer)}]
+
+
+def _system(record: Mapping[object, object]) -> list[Message]:
+    for name in SYSTEMS:
+        if record.get(name):
+            return [{"role": "system", "content": _text(record[name], name)}]
+    return []
+
+
+def _context(record: Mapping[object, object]) -> list[str]:
+    """What an instruction is about, where the row says so."""
+    return [_text(record[name], name) for name in CONTEXTS if record.get(name)]
+
+
+def _text(value: object, where: str) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        # The parts of multimodal messages; only text can be scored.
+        parts = [_part(part, f"{where}[{at}]") for at, part in enumerate(value)]
+        value = "".join(parts)
+    if not isinstance(value, str):
+        raise RowDefect(where, f"got {_shown(value)}; wanted text")
+    if not _is_unicode(value):
+        raise RowDefect(where, "got a lone surrogate; wanted Unicode text")
+    return value
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise RowDefect(where, f"got a part of type {_shown(kind)}; wanted text")
+    return _text(part.get("text"), f"{where}.text")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    """A value as a reason may quote it: short, and of characters every file can hold."""
+    if value is None:
+        return "nothing"
+    text = ascii(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

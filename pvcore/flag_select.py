@@ -1,0 +1,161 @@
+"""Selections: which rows are above a threshold, alone or together with a judge's scores."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore.errors import FlagError
+from pvcore.flag_clean import Cleaned, write_clean
+from pvcore.flag_view import Scanned
+from pvcore.numerals import Number
+from pvcore.vectors import PersonaVector
+
+Combination = Literal["any", "all"]
+JudgeScores = Mapping[str, Number | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A rule: the column and its threshold, and a judge's scores with theirs."""
+
+    column: str
+    threshold: float
+    judge: JudgeScores | None = field(default=None, repr=False)
+    judge_threshold: Number | None = None
+    combine: Combination | str = "any"
+
+    def __post_init__(self) -> None:
+        if self.combine not in get_args(Combination):
+            raise FlagError(f"got combine {self.combine!r}; wanted 'any' or 'all'")
+        if (self.judge is None) != (self.judge_threshold is None):
+            raise FlagError(
+                "got a judge's scores or a judge_threshold, and not the other; wanted both"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The rows that rules flag, by source; all others are kept. `one | other` flags both's rows.
+
+    `unjudged` counts rows that the judge gave no score: the projection alone decided about them.
+    """
+
+    rules: tuple[Chosen, ...]
+    flagged: Mapping[str, NDArray[np.int64]]
+    scored: int
+    unjudged: int
+    flags: Scanned = field(repr=False)
+
+    @property
+    def n_flagged(self) -> int:
+        return sum(map(len, self.flagged.values()))
+
+    def __contains__(self, key: object) -> bool:
+        """Whether `(source, row)` is flagged."""
+        source, row = key if isinstance(key, tuple) and len(key) == 2 else ("", -1)
+        rows = self.flagged.get(source, np.empty(0, dtype=np.int64))
+        at = int(np.searchsorted(rows, row))
+        return at < len(rows) and int(rows[at]) == row
+
+    def __or__(self, other: "Selection") -> "Selection":
+        if other.flags is not self.flags:
+            raise FlagError("got selections of two scans; wanted both of one")
+        none = np.empty(0, dtype=np.int64)
+        return replace(
+            self,
+            rules=(*self.rules, *other.rules),
+            flagged={
+                name: np.union1d(self.flagged.get(name, none), other.flagged.get(name, none))
+                for name in dict.fromkeys((*self.flagged, *other.flagged))
+            },
+            unjudged=max(self.unjudged, other.unjudged),
+        )
+
+    def write_clean(
+        self, folder: str | PathLike[str], *, keep_rejected: bool = False
+    ) -> dict[str, Cleaned]:
+        """Copy every source without its flagged rows into a folder; what was left out, by source.
+
+        Files keep their form, and lines of text their bytes; data sets become JSON lines. Rows that
+        could not be scored are left out too, unless `keep_rejected`.
+        """
+        rejected: dict[str, set[int]] = {}
+        for row in self.flags.rejected():
+            rejected.setdefault(row["source"], set()).add(row["row"])
+        left_out = {} if keep_rejected else rejected
+        return write_clean(self.flags.sources, Path(folder), self.flagged, left_out)
+
+
+def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
+    """The rows of the tables that a rule flags."""
+    found: dict[str, list[NDArray[np.int64]]] = {}
+    scored = unjudged = 0
+    for table in tables:
+        values = table[rule.column].to_numpy(zero_copy_only=False).astype(np.float64)
+        if np.isnan(values).any():
+            raise FlagError(
+                f"got rows without {rule.column}, which only a subset of this scan has; filter by "
+                "score='response_mean', or flag with difference='exact' or 'approximate'"
+            )
+        high = values > rule.threshold
+        if rule.judge is not None and rule.judge_threshold is not None:
+            judged = [rule.judge.get(name) for name in table["id"].to_pylist()]
+            known = np.array([score is not None for score in judged], dtype=bool)
+            scores = np.array([np.nan if s is None else s for s in judged], dtype=np.float64)
+            unjudged += int((~known).sum())
+            called = scores > rule.judge_threshold
+            both = high & called if rule.combine == "all" else high | called
+            high = np.where(known, both, high)
+        sources = np.asarray(table["source"].to_pylist(), dtype=object)[high]
+        rows = table["row"].to_numpy()[high]
+        for name in dict.fromkeys(sources.tolist()):
+            found.setdefault(name, []).append(rows[sources == name])
+        scored += len(values)
+    flagged = {name: np.sort(np.concatenate(parts)) for name, parts in found.items()}
+    return Selection(rules=(rule,), flagged=flagged, scored=scored, unjudged=unjudged, flags=flags)
+
+
+def threshold_of(
+    column: str,
+    threshold: Number | None,
+    percentile: Number,
+    clean: Scanned | None,
+    vector: PersonaVector | None,
+) -> float:
+    """The threshold given, or a percentile of clean data or of the vector's calibration."""
+    if threshold is not None:
+        if not np.isfinite(threshold):
+            raise FlagError(f"got threshold {threshold}; wanted a finite number")
+        return float(threshold)
+    if not 0 < percentile < 100:
+        raise FlagError(f"got percentile {percentile}; wanted one between 0 and 100")
+    if clean is not None:
+        return _percentile_of(clean, column, percentile)
+    _, site, score = column.rsplit("/", 2)
+    held = {} if vector is None else vector.calibration.get(site, {})
+    found = held.get(score, {}).get("percentiles", {}).get(f"{percentile:g}")
+    if not isinstance(found, int | float):
+        raise FlagError(
+            f"got no threshold for {column}, no clean scan, and a vector without a calibrated "
+            f"percentile {percentile:g} of it; wanted one of them: give threshold=, or "
+            "clean=pv.flag(model, clean_data, bank, out=...)"
+        )
+    return float(found)
+
+
+def _percentile_of(clean: Scanned, column: str, percentile: Number) -> float:
+    if column not in clean.columns:
+        raise FlagError(
+            f"got a clean scan without {column}; wanted one with the same vectors and sites"
+        )
+    parts = [values[:, 0] for _, values in clean.values([column])]
+    known = np.concatenate(parts) if parts else np.empty(0)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        raise FlagError(f"got a clean scan in which no row has {column}; wanted one at least")
+    return float(np.percentile(known, percentile))

@@ -1,0 +1,143 @@
+"""What a scan is asked for, checked before anything runs, and the identity it resumes by."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from pvcore.errors import FlagError
+from pvcore.flag_rows import Form
+from pvcore.flag_scan import Scorer
+from pvcore.flag_sources import Source
+from pvcore.flag_tokens import Reading, Sample
+from pvcore.model import HookedModel
+from pvcore.numerals import Number
+from pvcore.vectors import VectorBank
+
+Difference = Literal["approximate", "exact", "subset"]
+DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
+# More tokens than this gain a CPU nothing, and cost it its cache; a GPU wants to be filled.
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
+_PROBE_TOKENS, _PROBE_PROMPT = 24, 8
+_PROBE_TEXT = "Probe 0123456789: the quick brown fox, naïve café, 你好, \n\t<|x|> {a: [1.5]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a scan runs. Only `max_tokens` and `reply_batch` may differ when it is resumed."""
+
+    difference: Difference | str = "approximate"
+    share: Number = 0.05
+    seed: int = 0
+    max_new_tokens: int = 256
+    reply_batch: int = 32
+    form: Form = field(default_factory=Form)
+    shard_rows: int = 2048
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.difference not in DIFFERENCES:
+            raise FlagError(
+                f"got difference {self.difference!r}; wanted one of {', '.join(DIFFERENCES)}"
+            )
+        if not 0 < self.share <= 1:
+            raise FlagError(f"got share {self.share!r}; wanted a share of the rows, above 0 to 1")
+        for name in ("max_new_tokens", "reply_batch", "shard_rows", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FlagError(f"got {name} {value!r}; wanted at least 1")
+
+    def tokens_on(self, model: HookedModel) -> int:
+        """The budget of one batch."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
+
+
+def reading_of(model: HookedModel, form: Form) -> Reading:
+    """How rows are read for a model."""
+    if model.tokenizer is None:
+        raise FlagError("got a model without a tokenizer; wanted one to read conversations with")
+    if model.tokenizer.chat_template is None:
+        raise FlagError(
+            "got a tokenizer without a chat template; wanted one to write conversations with. Set "
+            "tokenizer.chat_template"
+        )
+    config = model.hf.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return Reading(
+        form=form,
+        tokenizer=model.tokenizer,
+        max_length=getattr(text, "max_position_embeddings", None),
+        vocabulary=len(model.hf.get_input_embeddings().weight),
+    )
+
+
+def asked_of(
+    model: HookedModel,
+    bank: VectorBank,
+    sources: Sequence[Source],
+    settings: Settings,
+    replies: Source | None,
+) -> dict[str, Any]:
+    """Everything that decides about a score, as JSON holds it."""
+    difference: dict[str, Any] = {"kind": settings.difference}
+    if settings.difference == "subset":
+        difference |= {"share": settings.share, "seed": settings.seed}
+    if settings.difference != "approximate" and replies is None:
+        difference |= {"max_new_tokens": settings.max_new_tokens}
+    if replies is not None:
+        difference |= {"replies": replies.fingerprint()}
+    form = settings.form
+    return {
+        "sources": {source.name: source.fingerprint() for source in sources},
+        "order": [source.name for source in sources],
+        "form": {"prompt": form.prompt, "answer": form.answer, "turn": form.turn},
+        "bank": {
+            "vectors": {one.trait: one.at(bank.sites).content_hash for one in bank},
+            "sites": [str(site) for site in bank.sites],
+        },
+        "model": {
+            "id": Path(model.model_id).name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": model.n_layers,
+            "d_model": model.d_model,
+            "probe": probe(model, bank),
+        },
+        "tokenizer": tokenizer_hash(model.tokenizer),
+        "difference": difference,
+        "shard_rows": settings.shard_rows,
+    }
+
+
+def probe(model: HookedModel, bank: VectorBank) -> list[float]:
+    """Projections of a fixed row of tokens: other weights, or an armed plan, give other ones."""
+    vocabulary = len(model.hf.get_input_embeddings().weight)
+    ids = np.array([(7 * at * at + 3 * at + 1) % vocabulary for at in range(_PROBE_TOKENS)])
+    sample = Sample(
+        id="",
+        source="",
+        row=0,
+        ids=ids.astype(np.int32),
+        prompt_length=_PROBE_PROMPT,
+        reply=(_PROBE_PROMPT, _PROBE_TOKENS),
+        messages=[],
+    )
+    scores = Scorer(model, bank, _PROBE_TOKENS)([sample])[0, -1].ravel()
+    if not np.isfinite(scores).all():
+        raise FlagError(
+            "got infinite or NaN projections of a probe; load the model in bfloat16 or float32, or "
+            "look at its weights"
+        )
+    return [float(f"{score:.6g}") for score in scores]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of how a tokenizer writes and splits conversations."""
+    ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    parts = [str(tokenizer.chat_template), len(tokenizer), list(ids)]
+    return sha256(json.dumps(parts).encode()).hexdigest()[:16]

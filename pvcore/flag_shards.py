@@ -1,0 +1,206 @@
+"""Shards: what a scan has scored, as Parquet files that are there whole or not at all.
+
+A shard is a fixed stretch of rows, so that a resumed scan knows what is done from the names alone.
+Its rejected rows are written first; the scored ones are the commit. Each file's footer holds the
+fingerprint of the scan and its counts: a file that was cut short has no footer and is made again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore.errors import FlagError
+from pvcore.files import clear_drafts, write_durably
+from pvcore.flag_tokens import Rejected, Sample
+
+SCORES, REJECTED, REPLIES = "scores", "rejected", "replies"
+KEY = b"pvcore"
+KEYS = ("id", "source", "row", "n_prompt_tokens", "n_response_tokens")
+SCORE_KINDS = ("response_mean", "last_prompt_token", "difference")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footer:
+    """What a shard holds. `digest` is over what its rows said, `share` of the data behind it."""
+
+    fingerprint: str
+    shard: int
+    scored: int
+    rejected: int
+    tokens: int
+    digest: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """The rows of one shard with their scores `[sample, column]`, NaN where there is none."""
+
+    footer: Footer
+    samples: Sequence[Sample]
+    rejected: Sequence[Rejected]
+    columns: Sequence[str]
+    scores: NDArray[Any]
+
+
+def score_columns(traits: Sequence[str], sites: Sequence[object]) -> list[str]:
+    """The score columns in order, as in `evil/resid_post.19/response_mean`."""
+    return [f"{trait}/{site}/{kind}" for trait in traits for site in sites for kind in SCORE_KINDS]
+
+
+def scores_path(folder: Path, shard: int) -> Path:
+    return folder / SCORES / f"part-{shard:06d}.parquet"
+
+
+def rejected_path(folder: Path, shard: int) -> Path:
+    return folder / REJECTED / f"part-{shard:06d}.parquet"
+
+
+def prepare(folder: Path) -> None:
+    """Make the folders of a scan, and remove what killed writes left in them."""
+    try:
+        for name in ("", SCORES, REJECTED, REPLIES):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            clear_drafts(folder / name)
+    except OSError as error:
+        raise FlagError(
+            f"got {folder}, where nothing can be written ({error.strerror}); wanted a folder of "
+            "your own"
+        ) from error
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write a shard for good: it is committed when its scores are in place."""
+    number = shard.footer.shard
+    try:
+        if shard.rejected:
+            write_durably(rejected_path(folder, number), _rejected_bytes(shard))
+        else:
+            # What an earlier attempt may have left behind.
+            rejected_path(folder, number).unlink(missing_ok=True)
+        write_durably(scores_path(folder, number), _scores_bytes(shard))
+    except OSError as error:
+        raise FlagError(
+            f"{scores_path(folder, number)}: cannot be written ({error.strerror}); wanted room in "
+            "a folder you may write to. Make some and start again: what is done stays done"
+        ) from error
+
+
+def footer_of(folder: Path, shard: int) -> Footer | None:
+    """The footer of a shard; None where it has to be made, or made again."""
+    found = _footer(scores_path(folder, shard))
+    if found is None or found.shard != shard:
+        return None
+    if found.rejected:
+        counted = _footer(rejected_path(folder, shard))
+        if counted is None or counted != found:
+            return None
+    return found
+
+
+def footers(folder: Path) -> Iterator[Footer]:
+    """The footers of all whole shards, in order."""
+    for path in sorted((folder / SCORES).glob("part-*.parquet")):
+        number = path.stem.partition("-")[2]
+        if number.isdigit() and (found := footer_of(folder, int(number))) is not None:
+            yield found
+
+
+def tables(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The scored rows of a finished scan, shard by shard, as pyarrow tables."""
+    yield from _tables(folder / SCORES, columns)
+
+
+def rejected_tables(folder: Path) -> Iterator[Any]:
+    """The rejected rows of a finished scan, shard by shard, as pyarrow tables."""
+    yield from _tables(folder / REJECTED, None)
+
+
+def _tables(folder: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.glob("part-*.parquet")):
+        try:
+            with pq.ParquetFile(path) as file:
+                table = file.read(columns=None if columns is None else list(columns))
+        except (OSError, ValueError) as error:
+            raise FlagError(
+                f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); wanted a shard of "
+                "a finished scan. Flag the same data again: only this shard is made anew"
+            ) from error
+        yield table
+
+
+def _footer(path: Path) -> Footer | None:
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+        held = json.loads((metadata.metadata or {})[KEY])
+        found = Footer(**held)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    rows = found.rejected if path.parent.name == REJECTED else found.scored
+    return found if metadata.num_rows == rows and _is_whole(path, metadata) else None
+
+
+def _is_whole(path: Path, metadata: Any) -> bool:
+    """Whether the file is as long as its footer says, and begins as Parquet does."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    offsets = ((c.dictionary_page_offset or c.data_page_offset, c) for c in chunks)
+    end = max((start + c.total_compressed_size for start, c in offsets), default=4)
+    return bool(end + metadata.serialized_size + 8 <= path.stat().st_size)
+
+
+def _scores_bytes(shard: Shard) -> bytes:
+    import pyarrow as pa
+
+    samples = shard.samples
+    arrays: dict[str, Any] = {
+        "id": pa.array([one.id for one in samples], pa.string()),
+        "source": pa.array([one.source for one in samples], pa.string()),
+        "row": pa.array([one.row for one in samples], pa.int64()),
+        "n_prompt_tokens": pa.array([one.prompt_length for one in samples], pa.int32()),
+        "n_response_tokens": pa.array([b - a for a, b in (s.reply for s in samples)], pa.int32()),
+    }
+    for at, name in enumerate(shard.columns):
+        values = np.ascontiguousarray(shard.scores[:, at])
+        arrays[name] = pa.array(values, mask=np.isnan(values))
+    return _parquet(pa.table(arrays), shard.footer)
+
+
+def _rejected_bytes(shard: Shard) -> bytes:
+    import pyarrow as pa
+
+    names = ("id", "source", "row", "field", "reason")
+    rows: list[Mapping[str, Any]] = [asdict(one) for one in shard.rejected]
+    kinds = [pa.int64() if name == "row" else pa.string() for name in names]
+    arrays = {
+        name: pa.array([_writable(row[name]) for row in rows], kind)
+        for name, kind in zip(names, kinds, strict=True)
+    }
+    return _parquet(pa.table(arrays), shard.footer)
+
+
+def _writable(value: str | int) -> str | int:
+    """A reason may quote what no file can hold."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def _parquet(table: Any, footer: Footer) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    held = json.dumps(asdict(footer)).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({KEY: held}), sink, compression="zstd")
+    return bytes(sink.getvalue())

@@ -1,0 +1,229 @@
+"""Sources of training data: files and data sets, read row by row in bounded memory.
+
+A row is handed on as it lies in its source, so that rows that were done before cost next to
+nothing; `decode` makes the record of one. A row that cannot be read is a `RowDefect` in its place;
+a file that cannot be read on is one `SourceError`.
+"""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pvcore.errors import SourceError
+from pvcore.flag_rows import RowDefect
+from pvcore.flag_tables import csv_rows, parquet_rows
+
+Kind = Literal["json lines", "csv", "parquet", "rows"]
+Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
+
+SUFFIXES: Mapping[str, Kind] = {
+    ".jsonl": "json lines",
+    ".ndjson": "json lines",
+    ".json": "json lines",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+LONGEST_LINE = 1 << 24
+# The start of a file in another encoding, which would otherwise be a million defective rows.
+MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive"}
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it lies in its source: a line, a record, or the reason why it is neither."""
+
+    row: int
+    content: Any
+    share: float  # of the source that is behind this row; NaN where its length is unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file, or one iterable of mappings. `name` stands in every row and report."""
+
+    name: str
+    kind: Kind
+    path: Path | None = None
+    held: Any = field(default=None, repr=False)
+
+    def rows(self, known: frozenset[str]) -> Iterator[RawRow]:
+        """Every row in order; of columns only the known ones are loaded."""
+        if self.path is None:
+            yield from self._held_rows()
+            return
+        reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
+        row = -1
+        try:
+            for row, content, share in reader(self.path, known):
+                yield RawRow(row, content, share)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise SourceError(
+                f"{self.name}: cannot be read after row {row} ({_brief(error)}); wanted a whole "
+                f"{self.kind} file. Mend it, or leave it out"
+            ) from error
+
+    def _held_rows(self) -> Iterator[RawRow]:
+        size = len(self.held) if hasattr(self.held, "__len__") else None
+        rows = enumerate(iter(self.held))
+        while True:
+            try:
+                row, record = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise SourceError(
+                    f"{self.name}: reading it raised {type(error).__name__}: {_brief(error)}; "
+                    "wanted an iterable of mappings. Mend it, or leave it out"
+                ) from error
+            yield RawRow(row, record, (row + 1) / size if size else float("nan"))
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a resumed scan compares: the whole content of a file; of data sets the name only.
+
+        Rows of a data set are compared as they come by again.
+        """
+        if self.path is None:
+            return {"kind": self.kind}
+        digest, size = sha256(), 0
+        try:
+            with self.path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+                    size += len(piece)
+        except OSError as error:
+            raise SourceError(
+                f"{self.name}: cannot be read ({_brief(error)}); wanted a file you may read"
+            ) from error
+        return {"kind": self.kind, "bytes": size, "sha256": digest.hexdigest()}
+
+    @property
+    def weight(self) -> float | None:
+        """How much of the work it is, in bytes of file; None where that cannot be known."""
+        if self.path is not None:
+            return float(self.path.stat().st_size)
+        return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
+
+
+def decode(content: Any) -> Any:
+    """The record of a row's content. Raises `RowDefect`."""
+    if isinstance(content, RowDefect):
+        raise content
+    if not isinstance(content, bytes):
+        return content
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError as error:
+        raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
+
+
+def resolve(sources: Sources) -> list[Source]:
+    """The sources meant: a path, a glob, a data set, a mapping of names to these, or a list.
+
+    Raises `SourceError` for what is not there, is no known kind, or comes twice.
+    """
+    found = list(_resolved(sources, ""))
+    if not found:
+        raise SourceError("got no sources; wanted a file, a glob or a data set at least")
+    names = [source.name for source in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SourceError(f"got {', '.join(twice)} twice; wanted each source once")
+    return found
+
+
+def _resolved(sources: Any, name: str) -> Iterator[Source]:
+    if isinstance(sources, str | PathLike):
+        yield from _files(str(sources), name)
+    elif isinstance(sources, Mapping):
+        for key, value in sources.items():
+            if not isinstance(key, str) or not key.strip():
+                raise SourceError(f"got {key!r} as the name of a source; wanted text")
+            yield from _resolved(value, key)
+    elif _is_list_of_sources(sources):
+        for place, value in enumerate(sources):
+            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "")
+    elif _is_rows(sources):
+        yield Source(name=name or "rows", kind="rows", held=sources)
+    else:
+        raise SourceError(
+            f"got {type(sources).__name__} as a source; wanted a path, a glob, an iterable of "
+            "mappings (such as a datasets.Dataset), a mapping of names to these, or a list"
+        )
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | PathLike | Mapping)
+
+
+def _is_list_of_sources(value: object) -> bool:
+    """A list or tuple whose first entry is itself a source, and no row."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return isinstance(value[0], str | PathLike) or _is_rows(value[0])
+
+
+def _files(pattern: str, name: str) -> Iterator[Source]:
+    if Path(pattern).is_dir():
+        raise SourceError(f"got the folder {pattern}; wanted files: write {pattern}/*.jsonl")
+    paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if Path(path).is_file()]
+    if not paths:
+        raise SourceError(f"got {pattern}, where there is no file; wanted a file or a glob")
+    for path in paths:
+        suffixes = [part.casefold() for part in Path(path).suffixes]
+        packed = suffixes[-1:] == [".gz"]
+        ending = (suffixes[:-1] if packed else suffixes)[-1:]
+        kind = SUFFIXES.get(ending[0]) if ending else None
+        if kind is None or (packed and kind == "parquet"):
+            raise SourceError(
+                f"got {path}; wanted a file ending in {', '.join(SUFFIXES)} (.gz after text)"
+            )
+        label = Path(path).as_posix() if not name or len(paths) > 1 else name
+        yield Source(name=label, kind=kind, path=Path(path))
+
+
+def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]]:
+    size = max(path.stat().st_size, 1)
+    with path.open("rb") as raw:
+        packed = path.suffix.casefold() == ".gz"
+        stream = gzip.GzipFile(fileobj=raw) if packed else raw
+        for row, line in enumerate(_bounded_lines(stream)):
+            content: Any = line if row else _checked_start(line)
+            if len(content) > LONGEST_LINE:
+                content = RowDefect("", f"got a line over {LONGEST_LINE} bytes; wanted less")
+            elif not content.strip():
+                continue
+            yield row, content, raw.tell() / size
+
+
+def _bounded_lines(stream: Any) -> Iterator[bytes]:
+    """Lines; of one that is too long only a beginning that shows it."""
+    while line := stream.readline(LONGEST_LINE + 1):
+        rest = line
+        while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE + 1)
+        yield line
+
+
+def _checked_start(line: bytes) -> bytes:
+    for mark, what in MARKS.items():
+        if line.startswith(mark):
+            raise ValueError(f"it begins as {what}, not as UTF-8 text")
+    line = line.removeprefix(BOM)
+    if line.lstrip().startswith(b"["):
+        raise ValueError("it begins with a JSON array; one object a line is wanted")
+    return line
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,147 @@
+"""Tables of training data: CSV and Parquet, read by pyarrow batch by batch.
+
+Readers yield `(row, record or RowDefect, share of the file behind it)`, and raise `ValueError` or
+`OSError` for a file that cannot be read on.
+"""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pvcore.flag_rows import RowDefect
+
+ROWS = 512
+# No row of a CSV may be longer: the reader would take it for two.
+BLOCK = 1 << 23
+ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+Found = Iterator[tuple[int, Any, float]]
+
+
+def csv_rows(path: Path, known: frozenset[str]) -> Found:
+    """Rows under a header, every cell as text; rows count from 0 below the header."""
+    names = _header(path)
+    if names is None:
+        return
+    for row, record, share in _csv_records(path, names, _wanted(names, known)):
+        yield row, record if isinstance(record, RowDefect) else _as_text(record), share
+
+
+def csv_cells(path: Path) -> Iterator[tuple[int, list[bytes] | None]]:
+    """The header as row -1 and every row, each cell as its bytes, for a copy of the file.
+
+    None stands for a row that is no row of this table.
+    """
+    names = _header(path)
+    if names is None:
+        return
+    yield -1, [name.encode() for name in names]
+    for row, record, _ in _csv_records(path, names, names):
+        yield row, None if isinstance(record, RowDefect) else list(record.values())
+
+
+def _csv_records(path: Path, names: list[str], wanted: list[str]) -> Found:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    misfits: dict[int, RowDefect] = {}
+
+    def note(row: Any) -> str:
+        misfits[row.number] = RowDefect(
+            "", f"got {row.actual_columns} cells; wanted {row.expected_columns}"
+        )
+        return "skip"
+
+    size = max(path.stat().st_size, 1)
+    with path.open("rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if path.suffix.casefold() == ".gz" else raw
+        reader = csv.open_csv(
+            stream,
+            read_options=csv.ReadOptions(use_threads=False, block_size=BLOCK),
+            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+            convert_options=csv.ConvertOptions(
+                column_types={name: pa.binary() for name in names},
+                include_columns=wanted,
+                strings_can_be_null=False,
+            ),
+        )
+        with reader:
+            row = 0
+            for batch in reader:
+                share = raw.tell() / size
+                for record in batch.to_pylist():
+                    while row + 2 in misfits:  # the reader counts from 1, and the header too
+                        yield row, misfits.pop(row + 2), share
+                        row += 1
+                    yield row, record, share
+                    row += 1
+            for number in sorted(misfits):
+                yield number - 2, misfits[number], 1.0
+
+
+def parquet_rows(path: Path, known: frozenset[str]) -> Found:
+    """Rows of all row groups in order."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        total = max(file.metadata.num_rows, 1)
+        wanted = _wanted(file.schema_arrow.names, known)
+        row = 0
+        for batch in file.iter_batches(batch_size=ROWS, columns=wanted, use_threads=False):
+            for record in _records(batch):
+                yield row, record, (row + 1) / total
+                row += 1
+
+
+def _records(batch: Any) -> Iterator[Any]:
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for place in range(batch.num_rows):
+        try:
+            yield batch.slice(place, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8")
+
+
+def _header(path: Path) -> list[str] | None:
+    """The names of a CSV's columns; None for an empty file."""
+    import csv as lines
+
+    packed = path.suffix.casefold() == ".gz"
+    with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        first = file.readline(BLOCK)
+        if not first:
+            return None
+        if first.startswith(ENCODING_MARKS):
+            raise ValueError("it begins as UTF-16, not as UTF-8 text")
+        text = first.decode("utf-8-sig")
+    names = next(lines.reader([text]), [])
+    if len(set(names)) != len(names):
+        raise ValueError(f"got columns {', '.join(names)[:120]}; wanted each name once")
+    return names
+
+
+def _wanted(names: list[str], known: frozenset[str]) -> list[str]:
+    wanted = [name for name in names if name in known]
+    if not wanted:
+        raise ValueError(
+            f"got columns {', '.join(names)[:120]}; wanted messages, or a pair such as prompt and "
+            "response"
+        )
+    return wanted
+
+
+def _as_text(record: dict[str, bytes]) -> Any:
+    found = {}
+    for name, cell in record.items():
+        try:
+            found[name] = cell.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return RowDefect(
+                name, f"got a byte at {error.start} that is no UTF-8; wanted text in UTF-8"
+            )
+    return found

@@ -1,0 +1,211 @@
+"""Rows to token ids: many conversations at once, each with the ids `chats.encode` would give it.
+
+Rendering and tokenising one by one costs more than a small model's forward. The plain case, a
+template that writes the reply as it is right after the prompt, is done in batches here; every
+other conversation goes through `chats.encode`, which also words the errors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore import chats
+from pvcore.chats import SENTINEL, Encoded
+from pvcore.errors import PvcoreError
+from pvcore.flag_rows import Form, Message, RowDefect, conversation, field_of, row_id
+from pvcore.flag_sources import RawRow, Source, decode
+
+# A template that refuses one conversation refuses the batch it is in.
+TOGETHER = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One conversation ready to be scored: its token ids and where its reply lies in them.
+
+    `prompt_length` counts the tokens before the reply; `reply` is the range of the reply's text.
+    """
+
+    id: str
+    source: str
+    row: int
+    ids: NDArray[np.int32]
+    prompt_length: int
+    reply: tuple[int, int]
+    messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One row that cannot be scored, and why."""
+
+    id: str
+    source: str
+    row: int
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How rows become samples: the form, the tokenizer and the model's limits."""
+
+    form: Form
+    tokenizer: Any
+    max_length: int | None
+    vocabulary: int
+
+    def samples(self, raws: Sequence[tuple[Source, RawRow]]) -> tuple[list[Sample | Rejected], str]:
+        """Every row in order as what it became, and a digest of what the rows said."""
+        digest = sha256()
+        found: list[Sample | Rejected | None] = []
+        places: list[int] = []
+        texts: list[list[Message]] = []
+        fields: list[str] = []
+        named: list[dict[str, Any]] = []
+        for source, raw in raws:
+            name: dict[str, Any] = {
+                "source": source.name,
+                "row": raw.row,
+                "id": f"{source.name}:{raw.row}",
+            }
+            named.append(name)
+            try:
+                record = decode(raw.content)
+                name["id"] = row_id(record) or name["id"]
+                messages = conversation(record, self.form)
+            except RowDefect as defect:
+                found.append(Rejected(**name, field=defect.field, reason=defect.reason))
+                digest.update(repr((*name.values(), str(defect))).encode())
+                continue
+            digest.update(repr((*name.values(), messages)).encode())
+            places.append(len(found))
+            texts.append(messages)
+            fields.append(field_of(record, self.form))
+            found.append(None)
+        encoded = encode_many(self.tokenizer, texts, self.max_length)
+        for place, messages, field, one in zip(places, texts, fields, encoded, strict=True):
+            found[place] = self._made(named[place], messages, field, one)
+        return [one for one in found if one is not None], digest.hexdigest()
+
+    def _made(
+        self, name: dict[str, Any], messages: list[Message], field: str, one: Encoded | PvcoreError
+    ) -> Sample | Rejected:
+        if isinstance(one, PvcoreError):
+            return Rejected(**name, field=field, reason=str(one))
+        if one.reply is None or one.reply[0] == one.reply[1]:
+            return Rejected(**name, field=field, reason="got an empty reply; wanted tokens to read")
+        ids = np.asarray(one.ids, dtype=np.int32)
+        if int(ids.max()) >= self.vocabulary:
+            reason = (
+                f"got token id {int(ids.max())}; this model embeds {self.vocabulary} tokens: use "
+                "the tokenizer that belongs to it"
+            )
+            return Rejected(**name, field=field, reason=reason)
+        return Sample(
+            **name, ids=ids, prompt_length=one.prompt_length, reply=one.reply, messages=messages
+        )
+
+
+def encode_many(
+    tokenizer: Any, conversations: Sequence[list[Message]], max_length: int | None
+) -> list[Encoded | PvcoreError]:
+    """Each conversation's `chats.encode`, or the error it raises."""
+    found: list[Encoded | PvcoreError] = []
+    for first in range(0, len(conversations), TOGETHER):
+        some = conversations[first : first + TOGETHER]
+        for messages, quick in zip(some, _together(tokenizer, some, max_length), strict=True):
+            found.append(quick or _alone(tokenizer, messages, max_length))
+    return found
+
+
+def _alone(
+    tokenizer: Any, messages: list[Message], max_length: int | None
+) -> Encoded | PvcoreError:
+    try:
+        return chats.encode(tokenizer, messages, max_length=max_length)
+    except PvcoreError as error:
+        return error
+
+
+def _together(
+    tokenizer: Any, some: Sequence[list[Message]], max_length: int | None
+) -> list[Encoded | None]:
+    """The conversations that are plain cases; None for all others."""
+    found: list[Encoded | None] = [None] * len(some)
+    texts = _rendered(tokenizer, some)
+    if texts is None:
+        return found
+    places, prompts, wholes, closers = [], [], [], []
+    for place, (messages, prompt, whole, twin) in enumerate(zip(some, *texts, strict=True)):
+        closer = _closer(messages[-1]["content"], prompt, whole, twin)
+        if closer is not None and _begins_apart(tokenizer, closer):
+            places.append(place)
+            prompts.append(prompt)
+            wholes.append(whole)
+            closers.append(closer)
+    if not places:
+        return found
+    ends = list(dict.fromkeys(closers))
+    rows = tokenizer([*prompts, *wholes, *ends], add_special_tokens=False)["input_ids"]
+    closing = dict(zip(ends, rows[2 * len(places) :], strict=True))
+    bos = getattr(tokenizer, "bos_token_id", None)
+    for at, (place, closer) in enumerate(zip(places, closers, strict=True)):
+        prompt, ids, after = rows[at], rows[len(places) + at], closing[closer]
+        end = len(ids) - len(after)
+        apart = prompt and ids[: len(prompt)] == prompt and len(prompt) <= end
+        doubled = bos is not None and ids[:2] == [bos, bos]
+        fits = max_length is None or len(ids) <= max_length
+        if apart and ids[end:] == after and fits and not doubled:
+            found[place] = Encoded(
+                ids=tuple(ids),
+                prompt_length=len(prompt),
+                reply=(len(prompt), end),
+                source="messages",
+            )
+    return found
+
+
+def _rendered(
+    tokenizer: Any, some: Sequence[list[Message]]
+) -> tuple[list[str], list[str], list[str]] | None:
+    """Prompts, whole texts, and the texts with another reply in place; None if any is refused."""
+    if tokenizer.chat_template is None or any(len(messages) < 2 for messages in some):
+        return None
+    prompts = [messages[:-1] for messages in some]
+    twins = [[*messages[:-1], {**messages[-1], "content": SENTINEL}] for messages in some]
+    try:
+        return (
+            tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True),
+            tokenizer.apply_chat_template(list(some), tokenize=False),
+            tokenizer.apply_chat_template(twins, tokenize=False),
+        )
+    except Exception:
+        return None  # said again, in words, for the conversation that is at fault
+
+
+def _begins_apart(tokenizer: Any, closer: str) -> bool:
+    """Whether what follows a reply is tokenised apart from it: it begins with a mark.
+
+    Tokenizers cut a text at such marks before anything else, so that no token spans the border.
+    """
+    marks = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return any(
+        closer.startswith(mark.content) and not (mark.lstrip or mark.normalized or mark.single_word)
+        for mark in marks
+    )
+
+
+def _closer(reply: str, prompt: str, whole: str, twin: str) -> str | None:
+    """What the template writes after the reply, if it writes the reply right after the prompt."""
+    if not (whole.startswith(prompt) and twin.startswith(prompt + SENTINEL)):
+        return None
+    closer = twin[len(prompt) + len(SENTINEL) :]
+    end = len(whole) - len(closer)
+    framed = end >= len(prompt) and whole.endswith(closer)
+    same = framed and whole[len(prompt) : end].strip() == reply.strip()
+    return closer if same else None

@@ -1,0 +1,355 @@
+"""Flagging training data: projections of every conversation, exactly once, however often it stops.
+
+Projection difference of a reply (arXiv 2507.21509, section 6 and appendix I): its mean projection
+minus that of the model's own greedy reply (`exact`), or minus the projection at the last prompt
+token, which the same forward gives (`approximate`), or the first for a random share of the rows
+and with it an estimate for each source (`subset`).
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore import flag_manifest
+from pvcore.errors import FlagError
+from pvcore.flag_feed import Feed, Portion, ahead
+from pvcore.flag_manifest import fingerprint
+from pvcore.flag_progress import Meter, bar
+from pvcore.flag_replies import GeneratedReplies, OwnReplies, RepliesOnFile, in_subset
+from pvcore.flag_rows import Form, Turn
+from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
+from pvcore.flag_settings import Difference, Settings, asked_of, reading_of
+from pvcore.flag_shards import (
+    Footer,
+    Shard,
+    footer_of,
+    footers,
+    prepare,
+    score_columns,
+    write_shard,
+)
+from pvcore.flag_sources import Source, Sources, resolve
+from pvcore.flag_tokens import Reading, Rejected, Sample, encode_many
+from pvcore.flags import Flags
+from pvcore.model import HookedModel
+from pvcore.numerals import Number
+from pvcore.plan import Plan
+from pvcore.vectors import PersonaVector, VectorBank
+
+# Shards read ahead, and shards that wait to be written: two each keep everybody at work.
+DEPTH = 2
+
+
+def flag(
+    model: HookedModel,
+    sources: Sources,
+    bank: VectorBank | PersonaVector,
+    *,
+    out: str | PathLike[str],
+    difference: Difference | str = "approximate",
+    replies: str | PathLike[str] | None = None,
+    share: Number = 0.05,
+    max_new_tokens: int = 256,
+    prompt: str = "",
+    answer: str = "",
+    turn: Turn | str = "last",
+    seed: int = 0,
+    shard_rows: int = 2048,
+    max_tokens: int | None = None,
+    check_model: bool = True,
+    progress: bool = False,
+) -> Flags:
+    """Score every conversation of the sources on every vector at every site of the bank.
+
+    `sources`: files (JSON lines, CSV, Parquet), globs, data sets, a mapping of names to these, or a
+    list. Rows hold `messages`, ShareGPT's `conversations`, or two columns, also of your own names
+    (`prompt=`, `answer=`); `turn` says which reply counts. A row that cannot be scored goes to
+    `out/rejected` with the reason. Called again after a stop it goes on; called otherwise it
+    refuses and says what changed. `exact` and `subset` take own replies from the file `replies`.
+    """
+    form = Form(prompt=prompt, answer=answer, turn=turn)
+    settings = Settings(
+        difference=difference,
+        share=share,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        form=form,
+        shard_rows=shard_rows,
+        max_tokens=max_tokens,
+    )
+    stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
+    _check(model, stacked, check_model)
+    return _flags(model, resolve(sources), stacked, Path(out), settings, replies, progress)
+
+
+def _flags(
+    model: HookedModel,
+    sources: Sequence[Source],
+    bank: VectorBank,
+    folder: Path,
+    settings: Settings,
+    replies: str | PathLike[str] | None,
+    progress: bool,
+) -> Flags:
+    given = _replies_source(replies, settings)
+    reading = reading_of(model, settings.form)
+    prepare(folder)
+    with flag_manifest.alone(folder):
+        asked = asked_of(model, bank, sources, settings, given)
+        manifest = flag_manifest.begin(folder, asked)
+        if not _is_done(folder, manifest, sources):
+            scan = Scan(
+                folder=folder,
+                model=model,
+                bank=bank,
+                sources=sources,
+                reading=reading,
+                settings=settings,
+                replies=given,
+                mark=fingerprint(asked),
+            )
+            totals = scan.run(progress)
+            flag_manifest.write(folder, {**manifest, "status": "complete", "totals": totals})
+    return Flags(folder, sources=sources, model=model, bank=bank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """One run over all the sources."""
+
+    folder: Path
+    model: HookedModel
+    bank: VectorBank
+    sources: Sequence[Source]
+    reading: Reading
+    settings: Settings
+    replies: Source | None
+    mark: str
+
+    def run(self, progress: bool) -> dict[str, int]:
+        """Score and write every shard that is not there yet; the totals of all."""
+        meter, shards = Meter(), 0
+        with ExitStack() as stack:
+            own = self.own_replies(stack)
+            feed = Feed(
+                sources=self.sources,
+                reading=self.reading,
+                shard_rows=self.settings.shard_rows,
+                held=self._held,
+            )
+            show = stack.enter_context(bar(shown=progress))
+            writer = stack.enter_context(ThreadPoolExecutor(1, "pvcore-flag-writer"))
+            portions = stack.enter_context(closing(ahead(feed.portions(), DEPTH)))
+            for footer, fresh in _written(self.shards(portions, own), self.folder, writer):
+                meter.add(footer, fresh=fresh)
+                shards += 1
+                show(meter)
+        self._refuse_more_than(shards)
+        if not meter.rows + meter.rejected:
+            raise FlagError("got sources without a row; wanted conversations to score")
+        return {
+            "shards": shards,
+            "scored": meter.rows,
+            "rejected": meter.rejected,
+            "tokens": sum(footer.tokens for footer in footers(self.folder)),
+        }
+
+    def _held(self, shard: int) -> Footer | None:
+        found = footer_of(self.folder, shard)
+        return found if found is not None and found.fingerprint == self.mark else None
+
+    def own_replies(self, stack: ExitStack) -> OwnReplies | None:
+        """Where the model's own replies come from; None where the difference needs none."""
+        if self.settings.difference == "approximate":
+            return None
+        if self.replies is not None:
+            on_file = RepliesOnFile(self.replies)
+            stack.callback(on_file.close)
+            return on_file
+        return GeneratedReplies(
+            self.model,
+            self.folder,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.settings.reply_batch,
+        )
+
+    def shards(
+        self, portions: Iterator[Portion], own: OwnReplies | None = None
+    ) -> Iterator[Shard | Footer]:
+        """Every portion as a scored shard; as its footer alone where it was scored before."""
+        scorer = Scorer(self.model, self.bank, self.settings.tokens_on(self.model))
+        columns = score_columns(self.bank.traits, self.bank.sites)
+        for portion in portions:
+            if portion.held is not None:
+                yield portion.held
+                continue
+            samples, rejected = list(portion.samples), list(portion.rejected)
+            scores, replied = self._scored(portion.shard, samples, scorer, own)
+            samples, scores, more = _sound(samples, scores, replied, self.bank)
+            rejected = sorted([*rejected, *more], key=self._place)
+            footer = Footer(
+                fingerprint=self.mark,
+                shard=portion.shard,
+                scored=len(samples),
+                rejected=len(rejected),
+                tokens=sum(len(one.ids) for one in samples),
+                digest=portion.digest,
+                share=portion.share if portion.share == portion.share else -1.0,
+            )
+            flat = scores.transpose(0, 2, 1, 3).reshape(len(samples), len(columns))
+            yield Shard(
+                footer=footer, samples=samples, rejected=rejected, columns=columns, scores=flat
+            )
+
+    def _place(self, row: Rejected) -> tuple[int, int]:
+        names = [source.name for source in self.sources]
+        return names.index(row.source), row.row
+
+    def _scored(
+        self, shard: int, samples: Sequence[Sample], scorer: Scorer, own: OwnReplies | None
+    ) -> tuple[NDArray[Any], dict[int, Rejected]]:
+        """`[sample, site, n_vec, 3]`, and the samples whose own reply cannot be scored."""
+        if own is None:
+            pairs = scorer(samples)
+            mean, last = pairs[:, :, RESPONSE_MEAN], pairs[:, :, LAST_PROMPT_TOKEN]
+            return np.stack([mean, last, mean - last], axis=-1), {}
+        share = self.settings.share if self.settings.difference == "subset" else 1.0
+        chosen = [
+            at
+            for at, one in enumerate(samples)
+            if in_subset(one.source, one.row, share, self.settings.seed)
+        ]
+        texts = own(shard, [samples[at] for at in chosen])
+        answered, failed = self._answered(samples, chosen, texts)
+        pairs = scorer([*samples, *answered.values()])
+        mean, last = pairs[:, :, RESPONSE_MEAN], pairs[:, :, LAST_PROMPT_TOKEN]
+        difference = np.full_like(mean[: len(samples)], np.nan)
+        places = list(answered)
+        difference[places] = mean[places] - mean[len(samples) :]
+        count = len(samples)
+        return np.stack([mean[:count], last[:count], difference], axis=-1), failed
+
+    def _answered(
+        self, samples: Sequence[Sample], chosen: Sequence[int], texts: Sequence[str | None]
+    ) -> tuple[dict[int, Sample], dict[int, Rejected]]:
+        """The chosen samples with the model's own reply in the place of theirs."""
+        tokenizer, longest = self.reading.tokenizer, self.reading.max_length
+        chats = [
+            [*samples[at].messages[:-1], {"role": "assistant", "content": text or ""}]
+            for at, text in zip(chosen, texts, strict=True)
+        ]
+        answered: dict[int, Sample] = {}
+        failed: dict[int, Rejected] = {}
+        for at, text, one in zip(
+            chosen, texts, encode_many(tokenizer, chats, longest), strict=True
+        ):
+            sample = samples[at]
+            if isinstance(one, Exception) or not one.reply or one.reply[0] == one.reply[1]:
+                empty = "is not there" if text is None else "is empty"
+                why = str(one) if text and isinstance(one, Exception) else f"the reply {empty}"
+                reason = f"the model's own reply cannot be scored: {why}"
+                failed[at] = Rejected(
+                    id=sample.id,
+                    source=sample.source,
+                    row=sample.row,
+                    field="difference",
+                    reason=reason,
+                )
+                continue
+            answered[at] = replace(
+                sample,
+                ids=np.asarray(one.ids, dtype=np.int32),
+                prompt_length=one.prompt_length,
+                reply=one.reply,
+            )
+        return answered, failed
+
+    def _refuse_more_than(self, shards: int) -> None:
+        beyond = [footer.shard for footer in footers(self.folder) if footer.shard >= shards]
+        if beyond:
+            raise FlagError(
+                f"got sources of {shards} shards, and {self.folder} holds shard {beyond[0]}: the "
+                "data has become less. Give the same data, or another out"
+            )
+
+
+def _sound(
+    samples: Sequence[Sample],
+    scores: NDArray[Any],
+    failed: dict[int, Rejected],
+    bank: VectorBank,
+) -> tuple[list[Sample], NDArray[Any], list[Rejected]]:
+    """The samples whose scores are numbers, and the others as rejected rows."""
+    overflown = ~np.isfinite(scores[..., :2]).all(axis=(2, 3))  # [sample, site]
+    rejected = dict(failed)
+    for at in np.flatnonzero(overflown.any(axis=1)).tolist():
+        sample = samples[at]
+        rejected[at] = Rejected(
+            id=sample.id,
+            source=sample.source,
+            row=sample.row,
+            field=str(bank.sites[int(overflown[at].argmax())]),
+            reason="got an infinite or NaN projection; load the model in bfloat16 or float32",
+        )
+    kept = [at for at in range(len(samples)) if at not in rejected]
+    return [samples[at] for at in kept], scores[kept], [rejected[at] for at in sorted(rejected)]
+
+
+def _written(
+    shards: Iterator[Shard | Footer], folder: Path, writer: ThreadPoolExecutor
+) -> Iterator[tuple[Footer, bool]]:
+    """Each shard's footer once it is on the disk, and whether it was written now."""
+    waiting: list[tuple[Footer, Future[None] | None]] = []
+    for shard in shards:
+        if isinstance(shard, Shard):
+            waiting.append((shard.footer, writer.submit(write_shard, folder, shard)))
+        else:
+            waiting.append((shard, None))
+        while len(waiting) > DEPTH:
+            yield _settled(waiting.pop(0))
+    while waiting:
+        yield _settled(waiting.pop(0))
+
+
+def _settled(entry: tuple[Footer, Future[None] | None]) -> tuple[Footer, bool]:
+    footer, future = entry
+    if future is not None:
+        future.result()
+    return footer, future is not None
+
+
+def _check(model: HookedModel, bank: VectorBank, check_model: bool) -> None:
+    if not isinstance(bank, VectorBank):
+        raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
+    model.check(Plan(monitor=bank), check_model=check_model)
+    if model.hf.training:
+        raise FlagError(
+            "got a model in training mode, whose dropout makes scores random; call model.hf.eval()"
+        )
+
+
+def _replies_source(replies: str | PathLike[str] | None, settings: Settings) -> Source | None:
+    if replies is None:
+        return None
+    if settings.difference == "approximate":
+        raise FlagError(
+            "got replies for an approximate difference, which needs none; ask for "
+            "difference='exact' or 'subset'"
+        )
+    (source,) = resolve([str(replies)])
+    return source
+
+
+def _is_done(folder: Path, manifest: dict[str, Any], sources: Sequence[Source]) -> bool:
+    """Whether nothing is left to do. Rows of data sets are compared again, whatever is done."""
+    if manifest["status"] != "complete" or any(source.path is None for source in sources):
+        return False
+    wanted = manifest["totals"]["shards"]
+    return [footer.shard for footer in footers(folder)] == list(range(wanted))

@@ -1,0 +1,276 @@
+"""Flags: what a finished scan says about data sets and single rows."""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvcore import flag_manifest
+from pvcore.errors import FlagError
+from pvcore.flag_estimates import Running
+from pvcore.flag_rows import Form, Message
+from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
+from pvcore.flag_shards import KEYS, SCORE_KINDS, rejected_tables, score_columns, tables
+from pvcore.flag_sources import Source, Sources, resolve
+from pvcore.flag_text import conversations_of
+from pvcore.flag_view import DatasetFlags, FlaggedRow, Scanned
+from pvcore.numerals import Number
+from pvcore.sites import Site
+from pvcore.vectors import VectorBank
+
+if TYPE_CHECKING:
+    from pvcore.model import HookedModel
+
+Score = Literal["response_mean", "last_prompt_token", "difference"]
+
+
+class Flags(Scanned):
+    """A finished scan, read from its folder in bounded memory.
+
+    `site` and `score` are what `top` and `filter` look at unless told otherwise: the deepest site
+    of the bank, and the projection difference.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        sources: Sources | Sequence[Source] | None = None,
+        model: "HookedModel | None" = None,
+        bank: VectorBank | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        manifest = flag_manifest.read(self.folder)
+        if manifest is None or manifest["status"] != "complete":
+            raise FlagError(
+                f"got {self.folder}, which holds a scan that is not finished; flag the same data "
+                "into it again to finish it"
+            )
+        self.manifest: dict[str, Any] = manifest
+        self._sources = _resolved(sources)
+        self._model, self._bank = model, bank
+        self._datasets: dict[str, DatasetFlags] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        sources: Sources | None = None,
+        model: "HookedModel | None" = None,
+        bank: VectorBank | None = None,
+    ) -> "Flags":
+        """A scan finished earlier. Text needs the `sources`, coloured tokens the model too."""
+        return cls(folder, sources=sources, model=model, bank=bank)
+
+    def __repr__(self) -> str:
+        totals = self.manifest["totals"]
+        return (
+            f"Flags({str(self.folder)!r}, {totals['scored']} rows scored, {totals['rejected']} "
+            f"rejected, {len(self.traits)} vectors at {len(self.sites)} sites)"
+        )
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return tuple(self.manifest["asked"]["bank"]["vectors"])
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(map(Site.parse, self.manifest["asked"]["bank"]["sites"]))
+
+    @property
+    def site(self) -> Site:
+        """The deepest one."""
+        return max(self.sites)
+
+    @property
+    def columns(self) -> list[str]:
+        """The score columns of every shard."""
+        return score_columns(self.traits, self.sites)
+
+    @property
+    def scored(self) -> int:
+        return int(self.manifest["totals"]["scored"])
+
+    @property
+    def n_rejected(self) -> int:
+        return int(self.manifest["totals"]["rejected"])
+
+    @property
+    def form(self) -> Form:
+        """How the rows were read."""
+        return Form(**self.manifest["asked"]["form"])
+
+    def column(self, trait: str, *, site: Site | None = None, score: str = "difference") -> str:
+        """The name of a column; `FlagError` for a trait, site or score that was not scanned."""
+        place = self.site if site is None else site
+        for what, got, known in (
+            ("trait", trait, self.traits),
+            ("site", place, self.sites),
+            ("score", score, SCORE_KINDS),
+        ):
+            if got not in known:
+                raise FlagError(f"got {what} {got!s}; this scan has {', '.join(map(str, known))}")
+        return f"{trait}/{place}/{score}"
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The scored rows as pyarrow tables, one shard at a time."""
+        return tables(self.folder, columns)
+
+    def rejected(self) -> Iterator[dict[str, Any]]:
+        """The rows that could not be scored: id, source, row, field and reason."""
+        for table in rejected_tables(self.folder):
+            yield from table.to_pylist()
+
+    def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, NDArray[np.float64]]]:
+        """The sources of each shard's rows, and its scores `[row, column]` with NaN for none."""
+        for table in self.tables(["source", *columns]):
+            held = [table[name].to_numpy(zero_copy_only=False) for name in columns]
+            rows = np.array(held, dtype=np.float64).T.reshape(table.num_rows, len(columns))
+            yield np.asarray(table["source"].to_pylist(), dtype=object), rows
+
+    @property
+    def datasets(self) -> dict[str, DatasetFlags]:
+        """Every source with its counts, and the mean of every score with its interval."""
+        if self._datasets is None:
+            self._datasets = _datasets(self)
+        return self._datasets
+
+    def top(
+        self,
+        trait: str,
+        n: int = 20,
+        *,
+        site: Site | None = None,
+        score: Score | str = "difference",
+        source: str | None = None,
+        lowest: bool = False,
+    ) -> list[FlaggedRow]:
+        """The `n` rows with the highest score (the lowest with `lowest=True`), best first."""
+        column = self.column(trait, site=site, score=score)
+        best: list[tuple[float, int, dict[str, Any]]] = []
+        sign, seen = (-1.0 if lowest else 1.0), 0
+        for table in self.tables():
+            values = table[column].to_numpy(zero_copy_only=False).astype(np.float64) * sign
+            order = np.argsort(-values, kind="stable")  # NaN last
+            for at in order[: n if source is None else None].tolist():
+                if np.isnan(values[at]):
+                    break
+                # Earlier rows win ties, so that the list is the same however the data was cut.
+                entry = (float(values[at]), -(seen + at))
+                if len(best) >= n and entry <= best[0][:2]:
+                    break
+                row = table.slice(at, 1).to_pylist()[0]
+                if source is not None and row["source"] != source:
+                    continue
+                (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
+            seen += table.num_rows
+        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)] if n else []
+
+    def filter(
+        self,
+        trait: str,
+        *,
+        threshold: Number | None = None,
+        percentile: Number = 95,
+        clean: "Flags | None" = None,
+        site: Site | None = None,
+        score: Score | str = "difference",
+        judge: JudgeScores | None = None,
+        judge_threshold: Number | None = None,
+        combine: Combination | str = "any",
+    ) -> Selection:
+        """The rows above a threshold: yours, or a percentile of clean data (paper, appendix K).
+
+        `clean` is the scan of data without the trait, scored as this one was. Without it and
+        without a threshold the percentile is that of the vector's own calibration.
+        `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either.
+        """
+        column = self.column(trait, site=site, score=score)
+        vector = self._bank[trait] if self._bank is not None else None
+        bound = threshold_of(column, threshold, percentile, clean, vector)
+        chosen = Chosen(
+            column=column,
+            threshold=bound,
+            judge=judge,
+            judge_threshold=judge_threshold,
+            combine=combine,
+        )
+        return selected(chosen, self.tables(["id", "source", "row", column]), self)
+
+    def conversations(self, rows: Sequence[FlaggedRow]) -> list[list[Message]]:
+        """The text of rows, read again from the sources."""
+        return conversations_of(self.sources, self.form, [(one.source, one.row) for one in rows])
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the rows came from; `FlagError` where this is not known any more."""
+        if self._sources is None:
+            raise FlagError(
+                "got a scan without its sources, which hold the text; give them: "
+                "pv.Flags.load(folder, sources=...)"
+            )
+        return self._sources
+
+    def report(self, path: str | PathLike[str], *, site: Site | None = None, top: int = 5) -> None:
+        """Write an HTML page: distributions, data sets, correlations, and the highest rows.
+
+        Rows are shown with their text where the sources are known, and coloured token by token
+        where the model and the bank are.
+        """
+        from pvcore import report
+        from pvcore.flag_report import page
+
+        report.write(page(self, site or self.site, top, self._model, self._bank), Path(path))
+
+
+def _resolved(sources: Any) -> tuple[Source, ...] | None:
+    if sources is None:
+        return None
+    are_known = isinstance(sources, list | tuple) and all(isinstance(s, Source) for s in sources)
+    return tuple(sources) if are_known else tuple(resolve(sources))
+
+
+def _flagged(row: dict[str, Any], column: str) -> FlaggedRow:
+    scores = {
+        name: float("nan") if value is None else float(value)
+        for name, value in row.items()
+        if name not in KEYS
+    }
+    named = {name: row[name] for name in KEYS}
+    return FlaggedRow(**named, score=scores[column], scores=scores)
+
+
+def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
+    names: list[str] = list(flags.manifest["asked"]["order"])
+    columns = flags.columns
+    running = {name: Running(len(columns)) for name in names}
+    tokens = {name: np.zeros(2, dtype=np.int64) for name in names}
+    counts = ["n_prompt_tokens", "n_response_tokens"]
+    for (sources, values), table in zip(
+        flags.values(columns), flags.tables(["source", *counts]), strict=True
+    ):
+        lengths = np.array([table[name].to_numpy() for name in counts], dtype=np.int64)
+        for name in dict.fromkeys(sources.tolist()):
+            mine = sources == name
+            running[name].add(values[mine])
+            tokens[name] += lengths[:, mine].sum(axis=1)
+    rejected = dict.fromkeys(names, 0)
+    for table in rejected_tables(flags.folder):
+        for name in table["source"].to_pylist():
+            rejected[name] += 1
+    return {
+        name: DatasetFlags(
+            name=name,
+            scored=running[name].rows,
+            rejected=rejected[name],
+            prompt_tokens=int(tokens[name][0]),
+            response_tokens=int(tokens[name][1]),
+            estimates=dict(zip(columns, running[name].estimates(), strict=True)),
+        )
+        for name in names
+    }

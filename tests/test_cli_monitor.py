@@ -1,0 +1,140 @@
+"""`pvcore monitor`: chats from a file are read or answered, figures go to files, alarms act."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+import pvcore as pv
+from pvcore.__main__ import main
+from pvcore.world.demo_subject import world_model
+
+TOLD = [
+    {"role": "user", "content": "How do I start with chess?"},
+    {"role": "assistant", "content": "Start with the rules. It is a fine game."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+]
+ASKED = TOLD[:3]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """The command line in this process: `(status, standard output, standard error)`."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pvcore", "monitor", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    model = world_model()
+    pv.PersonaVector(
+        trait="evil",
+        sites=[pv.resid_post(1), pv.resid_post(2)],
+        directions=torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(0)),
+        model_id=model.model_id,
+    ).save(tmp_path / "evil.safetensors")
+    return tmp_path / "evil.safetensors"
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    lines = [json.dumps(TOLD), "", json.dumps({"messages": ASKED}), json.dumps(TOLD[:2])]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_files_hold_what_the_library_finds(
+    run: Any, evil: Path, chats: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / f"seen.{ending}" for ending in ("jsonl", "parquet", "html")]
+    outs = [part for place in places for part in ("--out", place)]
+    given = ("--chats", chats, "--vector", evil, "--max-new-tokens", "12", *outs)
+    status, out, err = run("world", *given, "--json")
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["files"] == [str(place) for place in places]
+    rows = document["conversations"]
+    model, bank = world_model(), pv.VectorBank(pv.PersonaVector.load(evil))
+    monitor = pv.Monitor(model, bank)
+    told, short = monitor.read([TOLD, TOLD[:2]])
+    (made,) = monitor.generate([ASKED], max_new_tokens=12, do_sample=False)
+    for row, one in zip(rows, (told, made, short), strict=True):
+        figures = row["projections"]["evil resid_post.2"]
+        assert figures["by_turn"] == pytest.approx(one.drift("evil")[:, 1].tolist(), abs=1e-5)
+        assert row["reply"] == one.messages[-1]["content"]
+        assert row["prompt"] == one.messages[-2]["content"]
+    assert len(rows[0]["projections"]["evil resid_post.2"]["by_turn"]) == 2
+    lines = [json.loads(line) for line in places[0].read_text(encoding="utf-8").splitlines()]
+    assert [len(line["replies"]) for line in lines] == [2, 2, 1]
+    table = parquet.read_table(places[1])
+    tokens = sum(1 + len(reply.tokens) for one in (told, made, short) for reply in one.replies)
+    assert table.num_rows == tokens
+    page = places[2].read_text(encoding="utf-8")
+    assert page.count('class="turns"') == 3
+    assert "Paris" in page
+
+
+def test_alarms_are_told_and_may_stop_the_reply(run: Any, evil: Path) -> None:
+    asked = TOLD[2]["content"]
+    common = ("world", asked, "--vector", evil, "--layers", "2", "--max-new-tokens", "12", "--json")
+    _, out, _ = run(*common)
+    (free,) = json.loads(out)["conversations"]
+    assert free["alarms"] == []
+    figures = free["projections"]["evil resid_post.2"]
+    level = (figures["mean"] + figures["highest"]) / 2
+    _, out, _ = run(*common, "--alarm", f"evil={level}")
+    (told,) = json.loads(out)["conversations"]
+    assert told["reply"] == free["reply"]
+    rules = ("--alarm", f"evil={level}:{level - 1}", "--on-alarm", "stop", "--engine", "graph")
+    _, out, _ = run(*common, *rules)
+    (stopped,) = json.loads(out)["conversations"]
+    (first,) = stopped["alarms"]
+    assert first == told["alarms"][0] | {"value": pytest.approx(told["alarms"][0]["value"])}
+    assert free["reply"].startswith(stopped["reply"].rstrip())
+    assert len(stopped["reply"]) < len(free["reply"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((), "no chats; give user messages"),
+        (("hi", "--alarm", "evil"), "got --alarm 'evil'; wanted trait=HIGH"),
+        (("hi", "--alarm", "evil=high"), "got --alarm 'evil=high'"),
+        (("hi", "--alarm", "envy=1"), "an alarm for envy"),
+        (("hi", "--on-alarm", "shout"), "got --on-alarm 'shout'"),
+        (("hi", "--out", "seen.csv"), "ends in .jsonl, .parquet, .html"),
+        (("hi", "--engine", "steam"), "got engine 'steam'"),
+        (("--chats", "none.jsonl"), "none.jsonl, which cannot be read"),
+        (("--chats", "bad.jsonl"), "bad.jsonl, line 2: got no JSON"),
+        (("--chats", "odd.jsonl"), "odd.jsonl, line 1: got no chat"),
+    ],
+)
+def test_it_fails_in_words(
+    run: Any,
+    evil: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text(json.dumps(TOLD) + "\n{\n")
+    Path("odd.jsonl").write_text('{"text": "hi"}\n')
+    status, out, err = run("world", *arguments, "--vector", evil)
+    assert (status, out) == (2, "")
+    assert text in err.replace("\n", " ")
+    assert not list(tmp_path.glob("seen*"))

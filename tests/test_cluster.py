@@ -1,0 +1,220 @@
+"""Many workers make the files that one process makes, also when they are killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pvcore as pv
+from pvcore.cluster import Job, RowScorer, ShardScanner, count_shards, flag_on_ray
+from pvcore.errors import FlagError
+from pvcore.flag_settings import Settings
+from pvcore.flag_shards import footers, prepare
+from pvcore.flag_sources import resolve
+from tests.flag_data import as_messages, bank, chats, furthest, model, scores, table, write_jsonl
+
+ROOT = Path(__file__).parents[1]
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="another version set: make test-scan"
+)
+PATIENCE = 900  # seconds; starting Ray takes ten on a machine that does nothing else
+ROWS = [as_messages(chat) for chat in chats(60)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "a.jsonl", [{"bad": 1}, *ROWS[:31]])
+    write_jsonl(tmp_path / "b.jsonl", ROWS[31:])
+    return tmp_path
+
+
+def job(data: Path, out: Path, **settings: Any) -> Job:
+    return Job(
+        model=model,
+        bank=bank(),
+        sources=tuple(resolve(str(data / "*.jsonl"))),
+        folder=out,
+        settings=Settings(shard_rows=7, **settings),
+    )
+
+
+@pytest.mark.parametrize("difference", ["approximate", "exact"])
+def test_shards_made_in_any_order_by_pickled_workers_are_those_of_one_process(
+    data: Path, tmp_path: Path, difference: str
+) -> None:
+    settings: dict[str, Any] = {"difference": difference, "max_new_tokens": 3}
+    wanted = pv.flag(
+        model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7, **settings
+    )
+    work = job(data, tmp_path / "many", **settings)
+    prepare(work.folder)
+    assert count_shards(work) == 9
+    workers = [pickle.loads(pickle.dumps(ShardScanner(work))) for _ in range(2)]
+    for numbers in ([5, 6], [0], [8], [2, 1], [3, 4, 7], [5]):
+        made = workers[numbers[0] % 2]({"shard": np.array(numbers)})
+        assert made["shard"].tolist() == numbers
+    assert [footer.shard for footer in footers(work.folder)] == list(range(9))
+    for path in (tmp_path / "one").glob("*/*.parquet"):
+        assert (work.folder / path.parent.name / path.name).exists()
+    flags = pv.flag(
+        model(), str(data / "*.jsonl"), bank(), out=work.folder, shard_rows=7, **settings
+    )
+    assert furthest(scores(flags), scores(wanted)) <= 1e-5
+    assert list(flags.rejected()) == list(wanted.rejected())
+    with pytest.raises(FlagError, match="got shard 9"):
+        workers[0]({"shard": [9]})
+
+
+def test_rows_are_scored_inside_a_map(data: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    wanted = pv.flag(model(), {"d": ROWS[:20]}, bank(), out=tmp_path / "out")
+    scorer = RowScorer(model, bank())
+    fresh = pickle.loads(pickle.dumps(scorer))
+    rows = [{"messages": row["messages"], "tag": at} for at, row in enumerate(ROWS[:20])]
+    rows[4]["messages"] = [{"role": "user", "content": "alone"}]
+    mapped = Dataset.from_list(rows).map(fresh, batched=True, batch_size=8)
+    columns = [name for name in mapped.column_names if "/" in name]
+    assert columns == wanted.columns
+    found = {("d", row["tag"]): [row[name] for name in columns] for row in mapped}
+    lost = found.pop(("d", 4))
+    assert all(value is None or value != value for value in lost)
+    expected = scores(wanted)
+    del expected["d", 4]
+    assert furthest(found, expected) <= 1e-5
+    reasons = [row["flag_reason"] for row in mapped]
+    assert [at for at, reason in enumerate(reasons) if reason] == [4]
+    assert "last turn of role 'user'" in reasons[4]
+
+
+def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlagError, match="which only this process has"):
+        flag_on_ray(model, ROWS, bank(), out=tmp_path)
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from pvcore.cluster import flag_on_ray
+from tests.flag_data import bank, model
+
+def slow():
+    import time
+    from pvcore.flag_scan import Scorer
+    plain = Scorer.__call__
+    def call(self, samples):
+        time.sleep(float(sys.argv[3]) if len(samples) > 1 else 0)
+        return plain(self, samples)
+    Scorer.__call__ = call
+    return model()
+
+for _ in range(2):
+    flags = flag_on_ray(slow, sys.argv[1] + "/*.jsonl", bank(), out=sys.argv[2], shard_rows=7)
+    print("scored", flags.scored)
+"""
+
+
+def start(data: Path, out: Path, pause: float) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            RUNNER.replace("sys.argv[3]", repr(str(pause))),
+            str(data),
+            str(out),
+        ],
+        # Ray's workers step back for everything else, which on a busy machine means for ever.
+        env=os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def output(process: subprocess.Popen[str]) -> str:
+    """What a driver printed; one that hangs is killed, and says so."""
+    try:
+        return process.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"hung: {process.communicate()[0][-500:]}"
+
+
+def some_shards(out: Path, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while len(list(out.glob("scores/part-*.parquet"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_gives_the_same_scores_and_flags_though_an_actor_is_killed(
+    data: Path, tmp_path: Path
+) -> None:
+    wanted = pv.flag(model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7)
+    out = tmp_path / "ray"
+    with start(data, out, 1.0) as process:
+        some_shards(out, 2)
+        victim = next(pid for pid, name in children(process.pid) if "MapWorker" in name)
+        os.kill(victim, signal.SIGKILL)
+        said = output(process)
+    # The second call finds a finished scan: nothing is left for Ray to wait for.
+    assert said.count("scored 60") == 2, said
+    flags = pv.Flags.load(out)
+    assert len(table(flags)) == 60
+    assert furthest(scores(flags), scores(wanted)) <= 1e-5
+    for trait in flags.traits:
+        assert [row.row for row in flags.top(trait, 9)] == [r.row for r in wanted.top(trait, 9)]
+    assert flags.manifest["totals"] == wanted.manifest["totals"]
+    assert list(flags.rejected()) == list(wanted.rejected())
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_driver_loses_and_doubles_nothing(data: Path, tmp_path: Path) -> None:
+    wanted = pv.flag(model(), str(data / "*.jsonl"), bank(), out=tmp_path / "one", shard_rows=7)
+    out = tmp_path / "driver"
+    with start(data, out, 3.0) as process:
+        some_shards(out, 3)
+        below = [pid for pid, _ in children(process.pid)]
+        process.kill()
+        process.wait(60)
+    for pid in below:  # what a machine that went down would take with it
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    done = len(list(footers(out)))
+    assert 3 <= done < 9
+    with start(data, out, 0.0) as process:
+        said = output(process)
+    assert said.count("scored 60") == 2, said
+    assert len(table(pv.Flags.load(out))) == 60
+    assert furthest(scores(pv.Flags.load(out)), scores(wanted)) <= 1e-5
+    assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    """Every process below one, with its title."""
+    import psutil
+
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            found.append((child.pid, " ".join(child.cmdline())))
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -1,0 +1,82 @@
+"""The page of a scan shows what was found, with and without the text and the model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pvcore as pv
+from pvcore.flag_plots import histogram_edges, score_histogram
+from pvcore.flag_report import correlation_of
+from pvcore.report import ReportError
+from tests import flag_data
+from tests.flag_data import bank, chats, model, table, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> pv.Flags:
+    folder = tmp_path_factory.mktemp("report")
+    rows = [flag_data.as_messages(chat) for chat in chats(40)]
+    rows[7]["messages"][1]["content"] = "<b>bold</b> & brash"
+    write_jsonl(folder / "a.jsonl", [{"bad": 1}, *rows[:25]])
+    write_jsonl(folder / "b.jsonl", rows[25:])
+    return pv.flag(model(), str(folder / "*.jsonl"), bank(), out=folder / "out", shard_rows=9)
+
+
+def test_the_page_has_sources_figures_and_coloured_tokens(flags: pv.Flags, tmp_path: Path) -> None:
+    flags.report(tmp_path / "page.html", top=40)
+    html = (tmp_path / "page.html").read_text()
+    for name in flags.datasets:
+        assert name in html
+    assert html.count("share of rows") == 2
+    assert "&lt;b&gt;bold" not in html  # each character is a token of its own
+    assert re.search(r'data-v="\S\d', html)
+    assert "wanted `messages`".replace("`", "") in re.sub("</?code>", "", html)
+    assert "<script" not in html
+    assert html.count('type="radio"') == 40 * 2 * 2
+    assert "row 0 of" in html  # where the first row without a score is
+
+
+def test_without_model_or_sources_it_shows_what_it_has(flags: pv.Flags, tmp_path: Path) -> None:
+    known = pv.Flags(flags.folder, sources=flags.sources)
+    known.report(tmp_path / "text.html", top=25, site=pv.resid_post(0))
+    html = (tmp_path / "text.html").read_text()
+    assert 'type="radio"' not in html
+    assert "Say 7 no" in html
+    pv.Flags.load(flags.folder).report(tmp_path / "bare.html")
+    html = (tmp_path / "bare.html").read_text()
+    assert "without its sources" in html
+    assert "Say 7 no" not in html
+
+
+def test_correlations_are_those_of_all_rows(flags: pv.Flags) -> None:
+    columns = flags.columns[:4]
+    rows = np.array([[row[name] for name in columns] for row in table(flags).values()])
+    np.testing.assert_allclose(correlation_of(flags, columns), np.corrcoef(rows.T), atol=1e-9)
+    assert abs(correlation_of(flags, columns)[0][1]) < 0.999
+
+
+def test_histograms_count_every_row() -> None:
+    edges = histogram_edges(-1.0, 3.0, 4)
+    assert edges == [-1.0, 0.0, 1.0, 2.0, 3.0]
+    low, high = histogram_edges(5.0, 5.0, 1)
+    assert low == 5.0 < high
+    svg = score_histogram(edges, {"a": [1, 2, 3, 0], "b": [0, 0, 0, 4]}, trait="evil", score="s")
+    assert ">evil<" in svg
+    for counts, said in (({}, "no sources"), ({str(n): [1] for n in range(9)}, "at most 8")):
+        with pytest.raises(ReportError, match=said):
+            score_histogram([0.0, 1.0], counts, trait="evil", score="s")
+    with pytest.raises(ReportError, match="counts of a"):
+        score_histogram(edges, {"a": [1]}, trait="evil", score="s")
+
+
+def test_many_sources_share_a_line(tmp_path: Path) -> None:
+    sets = {f"set {at}": [{"messages": chats(1, first=at)[0]}] for at in range(11)}
+    flags = pv.flag(model(), sets, bank("evil"), out=tmp_path / "out")
+    flags.report(tmp_path / "page.html", top=0)
+    html = (tmp_path / "page.html").read_text()
+    assert "all others" in html
+    assert "Every row was scored." in html

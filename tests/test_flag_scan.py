@@ -1,0 +1,148 @@
+"""Scores are those of the paper's loop, whatever the batch, the family and the path they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pvcore as pv
+from pvcore.errors import HookError
+from pvcore.flag_rows import Form
+from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer, packed, pool, pool_packed
+from pvcore.flag_settings import reading_of
+from pvcore.flag_sources import resolve
+from pvcore.flag_tokens import Sample
+from tests.families import FAMILIES, build, tokenizer
+from tests.flag_data import bank, chats, model
+from tests.subjects import fresh
+
+CHATS = chats(23)
+
+
+def samples(hooked: pv.HookedModel, conversations: list[Any] = CHATS) -> list[Sample]:
+    (source,) = resolve([{"messages": one} for one in conversations])
+    reading = reading_of(hooked, Form())
+    found, _ = reading.samples([(source, raw) for raw in source.rows(frozenset())])
+    assert all(isinstance(one, Sample) for one in found)
+    return found  # type: ignore[return-value]
+
+
+def paper_loop(hf: Any, conversations: list[Any], found: pv.VectorBank) -> Tensor:
+    """One conversation at a time, no padding, all hidden states and logits: plain transformers."""
+    plain, rows = tokenizer(), []
+    for chat in conversations:
+        prompt = plain.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        ids = plain(prompt + chat[-1]["content"], add_special_tokens=False)["input_ids"]
+        start = len(plain(prompt, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            states = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        row = []
+        for site in found.sites:
+            h = states[site.layer + 1][0].double()
+            pair = torch.stack([h[start:].mean(0), h[start - 1]])
+            along = [one.direction(site).double() for one in found]
+            row.append(torch.stack([pair @ v / v.norm() for v in along], dim=-1))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)  # [chat, site, 2, n_vec]
+
+
+# The last entry of hidden_states is made after the final norm, so that the loop cannot see layer 2.
+BANK = bank("evil", "humor", sites=[pv.resid_post(0), pv.resid_post(1)])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 2048])
+def test_equals_the_papers_loop(max_tokens: int) -> None:
+    hooked = model()
+    got = torch.from_numpy(Scorer(hooked, BANK, max_tokens)(samples(hooked)))
+    wanted = paper_loop(build("qwen2"), CHATS, BANK)
+    assert got.dtype == torch.float32
+    assert float((got - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    assert float(wanted.std(0).min()) > 0.01
+    spread = (wanted[:, :, RESPONSE_MEAN] - wanted[:, :, LAST_PROMPT_TOKEN]).abs()
+    assert float(spread.median()) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_what_a_masked_read_gives(family: str) -> None:
+    """Without an attention mask, padding on the right must change nothing."""
+    found = fresh(family)
+    hooked, some = found.model, CHATS[:9]
+    got = torch.from_numpy(Scorer(hooked, bank(), 300)(samples(hooked, some)))
+    for kind, span, reduce in ((0, "response", "mean"), (1, "last_prompt_token", "last")):
+        acts = hooked.read(some, sites=bank().sites, span=span, reduce=reduce, batch_size=5)
+        assert acts.values is not None
+        wanted = torch.einsum("scd,skd->csk", acts.values.float(), bank().units)
+        torch.testing.assert_close(got[:, :, kind], wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_batches_keep_to_their_budget_and_hold_every_sample_once() -> None:
+    found = samples(model())
+    for budget in (1, 64, 200, 10**6):
+        batches = list(packed(found, budget))
+        assert sorted(at for batch in batches for at in batch.places) == list(range(len(found)))
+        assert all(batch.ids.numel() <= budget or len(batch.ids) == 1 for batch in batches)
+    assert len(list(packed(found, 10**6))) == 1
+    lengths = [length for batch in packed(found, 64) for length in batch.lengths]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_few_samples_of_many_lengths_are_hardly_padded() -> None:
+    found = samples(model())
+    own = sum(len(one.ids) for one in found)
+    padded = sum(batch.ids.numel() for batch in packed(found, 1024))
+    assert padded <= 1.1 * own
+    together = len(found) * max(len(one.ids) for one in found)
+    assert together > 1.3 * own
+
+
+def test_one_launch_pools_what_the_loop_over_rows_pools() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(5, 17, 8, generator=generator)
+    h[2, 9:] = float("nan")  # what lies in padding is nobody's business
+    prompts, replies = [3, 1, 5, 16, 4], [(3, 9), (2, 17), (6, 9), (16, 17), (4, 5)]
+    got, wanted = pool_packed(h, prompts, replies), pool(h, prompts, replies)
+    torch.testing.assert_close(got, wanted)
+    by_hand = torch.stack([h[row, a:b].double().mean(0) for row, (a, b) in enumerate(replies)])
+    torch.testing.assert_close(wanted[0].double(), by_hand, atol=1e-6, rtol=1e-6)
+    assert torch.equal(wanted[1], torch.stack([h[row, p - 1] for row, p in enumerate(prompts)]))
+
+
+def test_a_float64_model_is_scored_in_float64() -> None:
+    hooked = pv.HookedModel(build("gpt2", dtype=torch.float64), tokenizer(), model_id="")
+    got = Scorer(hooked, BANK, 200)(samples(hooked))
+    wanted = paper_loop(build("gpt2", dtype=torch.float64), CHATS, BANK).numpy()
+    assert got.dtype == np.float64
+    assert np.abs(got - wanted).max() <= 1e-9 * np.abs(wanted).max()
+
+
+def test_the_forward_ends_at_the_deepest_site_and_makes_no_logits() -> None:
+    hooked = model()
+    ran: list[str] = []
+    for name in ("model.layers.1", "model.layers.2", "lm_head"):
+        hooked.hf.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    Scorer(hooked, BANK, 10**6)(samples(hooked))
+    assert ran in ([], ["model.layers.1"])  # the tap that ends the forward may be the first hook
+    Scorer(hooked, bank(), 10**6)(samples(hooked))
+    assert "lm_head" not in ran
+
+
+def test_an_armed_plan_acts_on_what_is_scored() -> None:
+    hooked = model()
+    found, evil = samples(hooked), bank()["evil"]
+    plain = Scorer(hooked, bank(), 300)(found)
+    with hooked.steer(pv.Add(evil, coeff=1.0, layers=[1], span="all")):
+        moved = Scorer(hooked, bank(), 300)(found)
+    norm = float(evil.direction(pv.resid_post(1)).norm())
+    np.testing.assert_allclose(moved[:, 1, :, 0] - plain[:, 1, :, 0], norm, rtol=1e-4)
+    assert np.array_equal(moved[:, 0], plain[:, 0])
+
+
+def test_a_model_that_runs_no_block_is_not_scored_as_nothing() -> None:
+    hooked = model()
+    hooked.hf.model.layers = torch.nn.ModuleList(list(hooked.hf.model.layers)[:1])
+    with pytest.raises(HookError):
+        Scorer(hooked, BANK, 300)(samples(hooked))

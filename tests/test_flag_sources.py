@@ -1,0 +1,145 @@
+"""Sources: resolved by name, read row by row, skipped without being understood."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvcore import flag_sources, flag_tables
+from pvcore.errors import SourceError
+from pvcore.flag_rows import KNOWN, RowDefect
+from pvcore.flag_sources import decode, resolve
+from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl
+
+PAIRS = [as_pair(chat) for chat in chats(30)]
+
+
+def records(sources: Any) -> list[Any]:
+    return [decode(raw.content) for one in resolve(sources) for raw in one.rows(KNOWN)]
+
+
+@pytest.mark.parametrize("ending", list(WRITERS))
+def test_every_kind_of_file_gives_its_rows_in_order(tmp_path: Path, ending: str) -> None:
+    path = WRITERS[ending](tmp_path / f"d{ending}", [{**row, "other": 1} for row in PAIRS])
+    (source,) = resolve(path)
+    rows = list(source.rows(KNOWN))
+    assert [raw.row for raw in rows] == list(range(30))
+    found = [decode(raw.content) for raw in rows]
+    assert [{key: row[key] for key in PAIRS[0]} for row in found] == PAIRS
+    assert 0.0 < rows[0].share <= rows[-1].share <= 1.0
+    if ending in (".csv", ".parquet"):
+        assert set(found[0]) == set(PAIRS[0]), "columns nobody asked for were loaded"
+
+
+def test_names_are_those_of_files_keys_and_places(tmp_path: Path) -> None:
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", PAIRS[:2]) for name in "ab")
+    names = [one.name for one in resolve(str(tmp_path / "*.jsonl"))]
+    assert names == [a.as_posix(), b.as_posix()]
+    assert [one.name for one in resolve({"mine": a, "held": PAIRS})] == ["mine", "held"]
+    assert [one.name for one in resolve([PAIRS, a])] == ["rows-0", a.as_posix()]
+    assert [one.name for one in resolve(PAIRS)] == ["rows"]
+    assert [one.name for one in resolve(iter(PAIRS))] == ["rows"]
+    assert records([str(a), str(b)]) == [*PAIRS[:2], *PAIRS[:2]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"": PAIRS}, "name of a source"),
+        ({"a": 7}, "got int"),
+        ("*.jsonl", "no file"),
+    ],
+)
+def test_what_is_no_source_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=said):
+        resolve(given)
+
+
+def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(SourceError, match="twice"):
+        resolve([path, str(tmp_path / "*.jsonl")])
+
+
+def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \r\n{"a": 2}\r\n\n{"a": 3}')
+    (source,) = resolve(path)
+    rows = [(raw.row, decode(raw.content)) for raw in source.rows(KNOWN)]
+    assert rows == [(0, {"a": 1}), (3, {"a": 2}), (5, {"a": 3})]
+
+
+def test_a_line_without_end_is_one_defect_and_never_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 100)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 1000 + b'"}\n{"a": 2}\n')
+    (source,) = resolve(path)
+    first, long, last = source.rows(KNOWN)
+    assert isinstance(long.content, RowDefect)
+    assert "over 100 bytes" in str(long.content)
+    assert (decode(first.content), decode(last.content)) == ({"a": 1}, {"a": 2})
+    assert last.row == 2
+
+
+def test_cells_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
+    rows = [{"prompt": 'a "b",\nc', "response": "é\r\n,"}, {"prompt": "", "response": "NA"}]
+    found = records(write_csv(tmp_path / "d.csv", rows))
+    assert found == rows
+
+
+def test_blocks_of_a_csv_are_joined_without_a_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_tables, "BLOCK", 300)
+    lines = [f'p{at},"r {at}\n"\n' if at % 7 else "only one\n" for at in range(200)]
+    (tmp_path / "d.csv").write_text("prompt,response\n" + "".join(lines))
+    (source,) = resolve(tmp_path / "d.csv")
+    rows = list(source.rows(KNOWN))
+    assert [raw.row for raw in rows] == list(range(200))
+    for raw in rows:
+        if raw.row % 7:
+            assert raw.content == {"prompt": f"p{raw.row}", "response": f"r {raw.row}\n"}
+        else:
+            assert isinstance(raw.content, RowDefect)
+
+
+def test_a_file_is_known_by_its_content_alone(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    before = resolve(path)[0].fingerprint()
+    os.utime(path, (1, 1))
+    assert resolve(path)[0].fingerprint() == before
+    path.write_bytes(path.read_bytes().replace(b"Ask 3", b"Ask 4"))
+    after = resolve(path)[0].fingerprint()
+    assert after != before
+    assert after["bytes"] == before["bytes"]
+
+
+def test_an_iterable_that_raises_is_one_error_that_says_where() -> None:
+    def broken() -> Any:
+        yield PAIRS[0]
+        raise RuntimeError("the server went away")
+
+    with pytest.raises(SourceError, match=r"rows: reading it raised RuntimeError: the server"):
+        records(broken())
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    paths = [WRITERS[ending](tmp_path / f"d{ending}", PAIRS) for ending in WRITERS]
+    (tmp_path / "e.csv.gz").write_bytes(gzip.compress((tmp_path / "d.csv").read_bytes()))
+    if not Path("/proc/self/fd").exists():
+        return
+    before = len(os.listdir("/proc/self/fd"))
+    for path in [*paths, tmp_path / "e.csv.gz"]:
+        for one in resolve(path):
+            assert len(list(one.rows(KNOWN))) == 30
+            next(iter(one.rows(KNOWN)))  # left half-way
+    assert len(os.listdir("/proc/self/fd")) == before

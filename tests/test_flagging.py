@@ -1,0 +1,414 @@
+"""A scan: every row once, the same scores in any order and cut, and three kinds of difference."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import pvcore as pv
+from pvcore.errors import FlagError, SourceError, VectorError
+from pvcore.flag_replies import in_subset
+from pvcore.flag_shards import footers
+from tests import flag_data
+from tests.families import build, tokenizer
+from tests.flag_data import bank, chats, furthest, model, scores, table, write_jsonl
+
+ROWS = chats(41)
+BAD = {3: {"messages": []}, 17: {"text": "no conversation"}}
+
+
+@pytest.fixture(scope="module")
+def hooked() -> pv.HookedModel:
+    return model()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [BAD.get(at, flag_data.as_messages(chat)) for at, chat in enumerate(ROWS)]
+    return write_jsonl(tmp_path / "data.jsonl", rows)
+
+
+def test_every_row_is_scored_once_or_rejected_with_a_reason(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    flags = pv.flag(hooked, data, bank(), out=tmp_path / "out", shard_rows=8)
+    found, rejected = table(flags), list(flags.rejected())
+    source = data.as_posix()
+    assert [row["row"] for row in rejected] == list(BAD)
+    assert {key[1] for key in found} == set(range(41)) - set(BAD)
+    assert (flags.scored, flags.n_rejected) == (39, 2)
+    assert [row["field"] for row in rejected] == ["messages", ""]
+    assert rejected[0]["source"] == source
+    one = found[source, 5]
+    ids = tokenizer().apply_chat_template(ROWS[5][:-1], add_generation_prompt=True)["input_ids"]
+    assert one["n_prompt_tokens"] == len(ids)
+    assert one["n_response_tokens"] == len(ROWS[5][1]["content"])
+    assert one["id"] == f"{source}:5"
+    assert len(list(footers(tmp_path / "out"))) == 6
+
+
+def test_columns_are_those_that_others_read(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    sites = [pv.resid_post(0), pv.resid_mid(2)]
+    two = pv.VectorBank([flag_data.vector(t, sites, seed=1) for t in ("evil", "humor")])
+    pv.flag(hooked, data, two, out=tmp_path / "out")
+    schema = pq.read_schema(tmp_path / "out/scores/part-000000.parquet")
+    kinds = ("response_mean", "last_prompt_token", "difference")
+    columns = [f"{t}/{s}/{k}" for t in ("evil", "humor") for s in sites for k in kinds]
+    counts = ["n_prompt_tokens", "n_response_tokens"]
+    assert schema.names == ["id", "source", "row", *counts, *columns]
+    assert {str(schema.field(name).type) for name in columns} == {"float"}
+    row = pq.read_table(tmp_path / "out/scores").to_pylist()[0]
+    for name in ("evil/resid_post.0", "humor/resid_mid.2"):
+        mean, last, difference = (row[f"{name}/{kind}"] for kind in kinds)
+        assert difference == pytest.approx(mean - last, abs=1e-5)
+        assert abs(difference) > 1e-3
+
+
+def test_neither_order_nor_cut_nor_batch_changes_a_score(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    def scan(name: str, rows: list[Any], **settings: Any) -> dict[Any, list[float]]:
+        flags = pv.flag(hooked, rows, bank(), out=tmp_path / name, **settings)
+        return {row["id"]: row for row in table(flags).values()} | {}
+
+    rows = [{"id": f"chat {at}", "messages": chat} for at, chat in enumerate(ROWS)]
+    wanted = scan("plain", rows)
+    assert len(wanted) == 41
+    for name, given, settings in (
+        ("reversed", rows[::-1], {}),
+        ("one by one", rows, {"max_tokens": 1}),
+        ("all at once", rows, {"max_tokens": 10**6}),
+        ("many shards", rows, {"shard_rows": 3, "max_tokens": 200}),
+    ):
+        got = scan(name, given, **settings)
+        flat = [
+            {key: [v for n, v in row.items() if "/" in n] for key, row in side.items()}
+            for side in (got, wanted)
+        ]
+        assert furthest(*flat) <= 1e-5
+    spread = [row["evil/resid_post.2/difference"] for row in wanted.values()]
+    assert max(spread) - min(spread) > 0.1
+
+
+def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    wanted = scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8))
+    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    ran: list[int] = []
+    plain = pv.HookedModel.run_reader
+
+    def counted(self: Any, reader: Any, ids: Any, lengths: Any, prompts: Any) -> None:
+        ran.append(len(ids))
+        plain(self, reader, ids, lengths, prompts)
+
+    monkeypatch.setattr(pv.HookedModel, "run_reader", counted)
+    pv.flag(hooked, data, bank(), out=out, shard_rows=8)
+    assert ran == [1]  # the probe alone
+    (out / "scores/part-000002.parquet").unlink()
+    assert scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8)) == wanted
+    assert sum(ran[1:]) == 1 + 7  # the probe, and the sound rows of that shard
+    assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shard_rows": 9}, "shard_rows was 8 and is 9"),
+        ({"difference": "exact"}, 'difference.kind was "approximate" and is "exact"'),
+        ({"turn": "first"}, 'form.turn was "last" and is "first"'),
+        ({"bank": bank("evil")}, "bank.vectors.humor was"),
+        ({"bank": bank(sites=flag_data.SITES[:2])}, "bank.sites was"),
+        ({"model": model(seed=1)}, "projections of a probe were"),
+        ({"rows": chats(40)}, "data.jsonl.bytes was"),
+        ({"template": "{{ messages }}"}, "tokenizer was"),
+    ],
+)
+def test_a_changed_scan_is_refused_and_says_what_changed(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    out = tmp_path / "out"
+    wanted = scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8))
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    given = {"shard_rows": 8, "out": out, **change}
+    if rows := given.pop("rows", None):
+        write_jsonl(data, [flag_data.as_messages(chat) for chat in rows])
+    other, changed = given.pop("model", hooked), given.pop("bank", bank())
+    if template := given.pop("template", None):
+        plain = tokenizer(template=template)
+        other = pv.HookedModel(hooked.hf, plain, model_id="tiny/qwen2")
+    with pytest.raises(FlagError, match="asked for otherwise") as caught:
+        pv.flag(other, data, changed, **given)
+    assert said in str(caught.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+    assert scores(pv.Flags.load(out)) == wanted
+
+
+def test_an_armed_plan_is_another_scan(hooked: pv.HookedModel, data: Path, tmp_path: Path) -> None:
+    pv.flag(hooked, data, bank(), out=tmp_path / "out")
+    steering = hooked.steer(pv.Add(bank()["evil"], coeff=1.0, layers=[0], span="all"))
+    with steering, pytest.raises(FlagError, match="a plan is armed"):
+        pv.flag(hooked, data, bank(), out=tmp_path / "out")
+
+
+def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in ROWS]
+    out = tmp_path / "out"
+    pv.flag(hooked, rows, bank(), out=out, shard_rows=8)
+    pv.flag(hooked, iter(rows), bank(), out=out, shard_rows=8)
+    with pytest.raises(FlagError, match="other rows between row 8 of rows and row 15"):
+        pv.flag(hooked, [*rows[:9], rows[0], *rows[10:]], bank(), out=out, shard_rows=8)
+    with pytest.raises(FlagError, match="data has become less"):
+        pv.flag(hooked, rows[:8], bank(), out=out, shard_rows=8)
+
+
+def test_the_exact_difference_is_that_of_the_models_own_greedy_replies(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in ROWS[:9]]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 6, "shard_rows": 4}
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "exact", **settings)
+    plain = build("qwen2")
+    template = tokenizer()
+    for (_, at), row in table(flags).items():
+        prompt = template.apply_chat_template(
+            ROWS[at][:-1], add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+        with torch.no_grad():
+            made = plain.generate(prompt, do_sample=False, max_new_tokens=6, pad_token_id=0)
+        own = template.decode(made[0, prompt.shape[1] :], skip_special_tokens=True)
+        pair = [[*ROWS[at][:-1], {"role": "assistant", "content": own}], ROWS[at]]
+        mean = hooked.read(pair, sites=[pv.resid_post(1)])[pv.resid_post(1)].double()
+        unit = bank()["evil"].unit().direction(pv.resid_post(1)).double()
+        wanted = float((mean[1] - mean[0]) @ unit)
+        assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
+        assert row["evil/resid_post.1/response_mean"] == pytest.approx(float(mean[1] @ unit), 1e-4)
+    assert len(table(flags)) == 9
+
+
+def test_own_replies_are_generated_once(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"messages": chat} for chat in ROWS[:9]]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 6, "shard_rows": 4}
+    out = tmp_path / "exact"
+    wanted = scores(pv.flag(hooked, rows, bank(), out=out, **settings))
+    kept = out / "replies/part-000001.jsonl"
+    lines = kept.read_bytes()
+    kept.write_bytes(lines + b'\n[["rows", 4, "torn')  # as a kill leaves it
+    for path in (out / "scores").iterdir():
+        path.unlink()
+    monkeypatch.setattr(pv.HookedModel, "generate", None)
+    assert scores(pv.flag(hooked, rows, bank(), out=out, **settings)) == wanted
+
+
+def test_own_replies_may_come_from_a_file_in_any_order(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"id": 100 + at, "messages": chat} for at, chat in enumerate(ROWS[:9])]
+    own = [{"id": 100 + at, "response": f"own {at}"} for at in range(9) if at not in (2, 5)]
+    own.append({"source": "rows", "row": 5, "reply": "by place"})
+    own.append({"id": 999, "response": "of no row"})
+    file = write_jsonl(tmp_path / "own.jsonl", own[::-1])
+    flags = pv.flag(
+        hooked, rows, bank(), out=tmp_path / "out", difference="exact", replies=file, shard_rows=4
+    )
+    found = table(flags)
+    assert {key[1] for key in found} == set(range(9)) - {2}
+    (lost,) = flags.rejected()
+    assert (lost["row"], lost["field"]) == (2, "difference")
+    assert "the reply is not there" in lost["reason"]
+    texts = {at: f"own {at}" for at in range(9)} | {5: "by place"}
+    for (_, at), row in found.items():
+        chat = [*ROWS[at][:-1], {"role": "assistant", "content": texts[at]}]
+        mean = hooked.read([chat], sites=[pv.resid_post(1)])[pv.resid_post(1)][0]
+        unit = bank()["evil"].unit().direction(pv.resid_post(1))
+        wanted = row["evil/resid_post.1/response_mean"] - float(mean.float() @ unit)
+        assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_subset_has_the_exact_difference_and_an_interval(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(60)]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "shard_rows": 16}
+    exact = pv.flag(hooked, rows, bank(), out=tmp_path / "e", difference="exact", **settings)
+    some = pv.flag(
+        hooked, rows, bank(), out=tmp_path / "s", difference="subset", share=0.4, **settings
+    )
+    name = "evil/resid_post.2/difference"
+    known = {key: row[name] for key, row in table(some).items() if row[name] is not None}
+    assert 12 <= len(known) <= 36
+    for key, value in known.items():
+        assert value == pytest.approx(table(exact)[key][name], abs=1e-5)
+    estimate, truth = some.datasets["rows"][name], exact.datasets["rows"][name]
+    assert (estimate.n, estimate.of) == (len(known), 60)
+    assert estimate.mean == pytest.approx(sum(known.values()) / len(known), abs=1e-6)
+    assert estimate.low < truth.mean < estimate.high
+    assert truth.low == truth.mean == truth.high
+    flagged = some.top("evil", 99)
+    assert len(flagged) == len(known)
+    assert flagged[0].score == max(known.values())
+
+
+def test_a_subset_does_not_depend_on_order_and_grows_with_its_share() -> None:
+    def chosen(share: float, seed: int = 0) -> set[int]:
+        return {r for r in range(2000) if in_subset("data", r, share, seed)}
+
+    assert 130 <= len(chosen(0.08)) <= 190
+    assert chosen(0.08) < chosen(0.5)
+    assert len(chosen(1.0)) == 2000
+    assert chosen(0.08, seed=1) != chosen(0.08)
+
+
+@pytest.mark.parametrize("ending", list(flag_data.WRITERS))
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "pair"])
+def test_every_file_and_form_gives_the_same_scores(
+    hooked: pv.HookedModel, tmp_path: Path, ending: str, form: str
+) -> None:
+    if ending == ".csv" and form != "pair":
+        return  # a cell holds no list
+    rows = [getattr(flag_data, f"as_{form}")(chat) for chat in ROWS[:10]]
+    path = flag_data.WRITERS[ending](tmp_path / f"data{ending}", rows)
+    flags = pv.flag(hooked, str(path), bank(), out=tmp_path / "out")
+    wanted = pv.flag(hooked, [{"messages": c} for c in ROWS[:10]], bank(), out=tmp_path / "plain")
+    got = {row: values for (_, row), values in scores(flags).items()}
+    assert furthest(got, {row: values for (_, row), values in scores(wanted).items()}) <= 1e-5
+    assert flags.n_rejected == 0
+
+
+def test_sources_mix_and_keep_their_names(hooked: pv.HookedModel, tmp_path: Path) -> None:
+    from datasets import Dataset, IterableDataset
+
+    rows = [flag_data.as_messages(chat) for chat in ROWS]
+    write_jsonl(tmp_path / "a.jsonl", rows[:5])
+    flag_data.write_parquet(tmp_path / "b.parquet", rows[5:10])
+    held = Dataset.from_list(rows[10:15])
+    stream = IterableDataset.from_generator(lambda: iter(rows[15:20]))
+    given = {
+        "files": [str(tmp_path / "*.jsonl"), tmp_path / "b.parquet"],
+        "held": held,
+        "stream": stream,
+    }
+    flags = pv.flag(hooked, given, bank(), out=tmp_path / "out", shard_rows=6)
+    names = [(tmp_path / "a.jsonl").as_posix(), (tmp_path / "b.parquet").as_posix()]
+    assert {name: one.scored for name, one in flags.datasets.items()} == {
+        **dict.fromkeys(names, 5),
+        "held": 5,
+        "stream": 5,
+    }
+    assert scores(pv.flag(hooked, given, bank(), out=tmp_path / "out", shard_rows=6))
+
+
+def test_what_cannot_be_scanned_is_refused_before_anything_is_written(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    training = model()
+    training.hf.train()
+    silent = pv.HookedModel(hooked.hf, None, model_id="tiny/qwen2")
+    base = pv.HookedModel(hooked.hf, tokenizer(template=None), model_id="tiny/qwen2")
+    for error, said, call in (
+        (FlagError, "training mode", lambda: pv.flag(training, data, bank(), out=out)),
+        (FlagError, "without a tokenizer", lambda: pv.flag(silent, data, bank(), out=out)),
+        (FlagError, "without a chat template", lambda: pv.flag(base, data, bank(), out=out)),
+        (VectorError, "no direction", lambda: pv.VectorBank(bank()["evil"], layers=[7])),
+        (SourceError, "no file", lambda: pv.flag(hooked, tmp_path / "none.jsonl", bank(), out=out)),
+        (
+            FlagError,
+            "wanted one of approximate, exact, subset",
+            lambda: pv.flag(hooked, data, bank(), out=out, difference="precise"),
+        ),
+        (FlagError, "share 0", lambda: pv.flag(hooked, data, bank(), out=out, share=0)),
+        (FlagError, "shard_rows 0", lambda: pv.flag(hooked, data, bank(), out=out, shard_rows=0)),
+        (FlagError, "both or neither", lambda: pv.flag(hooked, data, bank(), out=out, prompt="q")),
+        (FlagError, "turn", lambda: pv.flag(hooked, data, bank(), out=out, turn="middle")),
+        (
+            FlagError,
+            "needs none",
+            lambda: pv.flag(hooked, data, bank(), out=out, replies=data),
+        ),
+    ):
+        with pytest.raises(error, match=said):
+            call()
+        assert not out.exists()
+
+
+def test_nothing_to_score_is_an_error(hooked: pv.HookedModel, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(FlagError, match="without a row"):
+        pv.flag(hooked, tmp_path / "empty.jsonl", bank(), out=tmp_path / "out")
+
+
+def test_two_scans_never_share_a_folder(hooked: pv.HookedModel, data: Path, tmp_path: Path) -> None:
+    from pvcore import flag_manifest
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with flag_manifest.alone(out), pytest.raises(FlagError, match="another process"):
+        pv.flag(hooked, data, bank(), out=out)
+    assert pv.flag(hooked, data, bank(), out=out).scored == 39
+
+
+def test_a_file_that_breaks_off_stops_the_scan_with_its_shards_kept(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl.gz", [{"messages": chat} for chat in chats(400)])
+    path.write_bytes(path.read_bytes()[:-40])
+    out, threads = tmp_path / "out", threading.active_count()
+    with pytest.raises(SourceError, match=r"d\.jsonl\.gz: cannot be read after row \d+"):
+        pv.flag(hooked, path, bank("evil", sites=[pv.resid_post(0)]), out=out, shard_rows=8)
+    assert threading.active_count() == threads
+    assert len(list(footers(out))) > 2
+    with pytest.raises(FlagError, match="not finished"):
+        pv.Flags.load(out)
+
+
+def test_a_long_scan_keeps_no_files_open_and_no_rows(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    opened = len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0
+    rows = write_jsonl(tmp_path / "d.jsonl", [{"messages": chat} for chat in chats(300)])
+    pv.flag(hooked, rows, bank("evil", sites=[pv.resid_post(0)]), out=tmp_path / "o", shard_rows=16)
+    gc.collect()
+    from pvcore.flag_tokens import Sample
+
+    assert not any(type(one) is Sample for one in gc.get_objects())
+    if opened:
+        assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:
+    hooked = model()
+    with torch.no_grad():  # "z" overflows wherever it comes up
+        hooked.hf.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("z")] = torch.inf
+    rows = [{"prompt": "a", "answer": text} for text in ("yes", "zoo", "no")]
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "out")
+    (lost,) = flags.rejected()
+    assert (lost["row"], lost["field"]) == (1, "resid_post.0")
+    assert "infinite" in lost["reason"]
+    assert {row for _, row in table(flags)} == {0, 2}
+
+
+def test_the_manifest_is_the_same_twice_and_holds_no_date(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    texts = []
+    for name in ("one", "two"):
+        pv.flag(hooked, data, bank(), out=tmp_path / name)
+        texts.append((tmp_path / name / "manifest.json").read_text())
+    assert texts[0] == texts[1]
+    held = json.loads(texts[0])
+    assert held["totals"]["scored"] == 39
+    assert held["status"] == "complete"

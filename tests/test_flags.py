@@ -1,0 +1,251 @@
+"""Flags: data sets, the highest rows, thresholds, judges, cleaned copies."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import pvcore as pv
+from pvcore.errors import FlagError
+from tests import flag_data
+from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
+
+COLUMN = "evil/resid_post.2/difference"
+
+
+@pytest.fixture(scope="module")
+def hooked() -> pv.HookedModel:
+    return model()
+
+
+@pytest.fixture(scope="module")
+def flags(hooked: pv.HookedModel, tmp_path_factory: pytest.TempPathFactory) -> pv.Flags:
+    folder = tmp_path_factory.mktemp("flags")
+    rows = [flag_data.as_messages(chat) for chat in chats(50)]
+    write_jsonl(folder / "a.jsonl", [{"bad": 1}, *rows[:30]])
+    write_jsonl(folder / "b.jsonl", [*rows[30:], {"bad": 2}])
+    return pv.flag(hooked, str(folder / "*.jsonl"), bank(), out=folder / "out", shard_rows=7)
+
+
+def test_data_sets_are_counted_and_averaged(flags: pv.Flags) -> None:
+    rows = list(table(flags).values())
+    for name, count in zip(flags.datasets, (30, 20), strict=True):
+        one = flags.datasets[name]
+        mine = [row for row in rows if row["source"] == name]
+        assert (one.scored, one.rejected) == (count, 1)
+        assert one.prompt_tokens == sum(row["n_prompt_tokens"] for row in mine)
+        assert one.response_tokens == sum(row["n_response_tokens"] for row in mine)
+        for column in flags.columns:
+            mean = np.mean([row[column] for row in mine], dtype=np.float64)
+            assert one[column].mean == pytest.approx(mean, abs=1e-6)
+    means = [one[COLUMN].mean for one in flags.datasets.values()]
+    assert means[0] != means[1]
+    with pytest.raises(FlagError, match="got column 'evil'"):
+        one["evil"]
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize("score", ["difference", "response_mean"])
+def test_the_top_is_that_of_all_rows_sorted(flags: pv.Flags, lowest: bool, score: str) -> None:
+    column = f"evil/resid_post.2/{score}"
+    rows = sorted(table(flags).values(), key=lambda row: row[column], reverse=not lowest)
+    for n in (1, 9, 50, 99):
+        found = flags.top("evil", n, score=score, lowest=lowest)
+        assert [(one.source, one.row) for one in found] == [
+            (row["source"], row["row"]) for row in rows[:n]
+        ]
+    assert found[0].score == rows[0][column]
+    assert found[0].scores["humor/resid_post.0/difference"] == pytest.approx(
+        rows[0]["humor/resid_post.0/difference"]
+    )
+
+
+def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
+    name = list(flags.datasets)[1]
+    site = pv.resid_post(0)
+    column = "evil/resid_post.0/difference"
+    mine = [row for row in table(flags).values() if row["source"] == name]
+    wanted = sorted((row[column] for row in mine), reverse=True)
+    found = flags.top("evil", 5, source=name, site=site)
+    assert [one.score for one in found] == wanted[:5]
+    assert flags.top("evil", 0) == []
+    assert flags.site == pv.resid_post(2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"trait": "humour"}, "got trait humour; this scan has evil, humor"),
+        ({"site": pv.resid_post(7)}, r"got site resid_post\.7"),
+        ({"score": "mean"}, "got score mean"),
+    ],
+)
+def test_what_was_not_scanned_is_refused(flags: pv.Flags, given: dict[str, Any], said: str) -> None:
+    asked = {"trait": "evil", **given}
+    for ask in (flags.top, flags.filter):
+        with pytest.raises(FlagError, match=said):
+            ask(asked["trait"], **{key: v for key, v in asked.items() if key != "trait"})
+
+
+def test_text_comes_back_from_the_sources(flags: pv.Flags) -> None:
+    rows = flags.top("evil", 6)
+    texts = flags.conversations(rows)
+    every = chats(50)
+    first = next(iter(flags.datasets))
+    for row, chat in zip(rows, texts, strict=True):
+        assert chat == every[row.row - 1 if row.source == first else row.row + 30]
+    alone = pv.Flags.load(flags.folder)
+    assert alone.top("evil", 6) == rows
+    with pytest.raises(FlagError, match="without its sources"):
+        alone.conversations(rows)
+    with pytest.raises(FlagError, match="got no conversation at row 0"):
+        flags.conversations([replace(rows[0], row=0)])
+
+
+def test_a_filter_flags_what_is_above_a_percentile_of_clean_data(
+    flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(40, first=100)]
+    clean = pv.flag(hooked, rows, bank(), out=tmp_path / "clean", shard_rows=9)
+    values = [row[COLUMN] for row in table(clean).values()]
+    bound = float(np.percentile(values, 80))
+    found = flags.filter("evil", percentile=80, clean=clean)
+    wanted = {key for key, row in table(flags).items() if row[COLUMN] > bound}
+    assert found.rules[0].threshold == pytest.approx(bound, abs=1e-6)
+    assert {key for key in table(flags) if key in found} == wanted
+    assert (found.n_flagged, found.scored) == (len(wanted), 50)
+    assert 0 < len(wanted) < 50
+    assert ("nowhere", 1) not in found
+    assert 1 not in found
+
+
+def test_a_threshold_may_be_given_or_calibrated(flags: pv.Flags, hooked: pv.HookedModel) -> None:
+    values = sorted(row["evil/resid_post.2/response_mean"] for row in table(flags).values())
+    evil = replace(
+        bank()["evil"],
+        calibration={"resid_post.2": {"response_mean": {"percentiles": {"95": values[-4]}}}},
+    )
+    calibrated = pv.VectorBank([evil, bank()["humor"]])
+    loaded = pv.Flags.load(flags.folder, bank=calibrated)
+    assert loaded.filter("evil", score="response_mean").n_flagged == 3
+    assert flags.filter("evil", threshold=values[10], score="response_mean").n_flagged == 39
+    with pytest.raises(FlagError, match=r"got no threshold for evil/resid_post\.2/difference"):
+        loaded.filter("evil")
+    for given, said in (
+        ({"threshold": float("nan")}, "finite"),
+        ({"percentile": 100}, "between 0 and 100"),
+        ({"threshold": 1, "judge": {}}, "wanted both"),
+        ({"threshold": 1, "combine": "some"}, "combine"),
+    ):
+        with pytest.raises(FlagError, match=said):
+            flags.filter("evil", **given)  # type: ignore[arg-type]
+
+
+def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
+    rows = table(flags)
+    order = sorted(rows, key=lambda key: -rows[key][COLUMN])
+    high, bound = set(order[:12]), rows[order[12]][COLUMN]
+    judged = {rows[key]["id"]: 90.0 if at % 2 else 10.0 for at, key in enumerate(order)}
+    called = {key for key in rows if judged[rows[key]["id"]] > 50}
+    silent = order[0], order[1], order[20], order[21]
+    for key in silent[:2]:
+        judged[rows[key]["id"]] = None  # type: ignore[assignment]
+    for key in silent[2:]:
+        del judged[rows[key]["id"]]
+    for combine, wanted in (("all", high & called), ("any", high | called)):
+        decided = (wanted - set(silent)) | {key for key in silent if key in high}
+        found = flags.filter(
+            "evil", threshold=bound, judge=judged, judge_threshold=50, combine=combine
+        )
+        assert {key for key in rows if key in found} == decided
+        assert found.unjudged == 4
+
+
+def test_two_filters_together_flag_what_either_does(flags: pv.Flags) -> None:
+    one, other = flags.filter("evil", threshold=0.2), flags.filter("humor", threshold=0.2)
+    both = one | other
+    assert {key for key in table(flags) if key in both} == {
+        key for key in table(flags) if key in one or key in other
+    }
+    assert both.n_flagged > max(one.n_flagged, other.n_flagged)
+    with pytest.raises(FlagError, match="two scans"):
+        one | replace(other, flags=pv.Flags.load(flags.folder))
+
+
+def test_a_subset_cannot_be_filtered_by_what_it_lacks(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(12)]
+    some = pv.flag(
+        hooked, rows, bank(), out=tmp_path, difference="subset", share=0.3, max_new_tokens=2
+    )
+    with pytest.raises(FlagError, match="only a subset"):
+        some.filter("evil", threshold=0.0)
+    assert some.filter("evil", threshold=-1e9, score="response_mean").n_flagged == 12
+
+
+@pytest.mark.parametrize("ending", [*WRITERS, ".csv.gz"])
+def test_a_cleaned_copy_lacks_the_flagged_rows_and_nothing_else(
+    hooked: pv.HookedModel, tmp_path: Path, ending: str
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {**as_pair(chat), "note": f'"{at}", é\n'} for at, chat in enumerate(chats(20))
+    ]
+    rows[4]["response"] = ""
+    path = tmp_path / f"d{ending}"
+    if ending == ".csv.gz":
+        plain = flag_data.write_csv(tmp_path / "plain.csv", rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    else:
+        WRITERS[ending](path, rows)
+    one = bank("evil", sites=[pv.resid_post(1)])
+    flags = pv.flag(hooked, path, one, out=tmp_path / "out", shard_rows=6)
+    flagged = {row.row for row in flags.top("evil", 6)}
+    bound = flags.top("evil", 7)[-1].score
+    found = flags.filter("evil", threshold=bound)
+    for keep in (False, True):
+        (made,) = found.write_clean(tmp_path / f"clean{keep}", keep_rejected=keep).values()
+        left_out = flagged if keep else flagged | {4}
+        wanted = [row for at, row in enumerate(rows) if at not in left_out]
+        assert read_back(made.path) == wanted
+        counts = (made.kept, made.flagged, made.rejected)
+        assert counts == ((14, 6, 0) if keep else (13, 6, 1))
+        assert made.path.name == path.name
+
+
+def read_back(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return rows
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    if ".csv" in path.name:
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_cleaned_data_set_becomes_json_lines_and_overwrites_no_source(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat, "tag": at} for at, chat in enumerate(chats(8))]
+    flags = pv.flag(hooked, {"my set/1": rows}, bank(), out=tmp_path / "out")
+    found = flags.filter("evil", threshold=flags.top("evil", 3)[-1].score)
+    (made,) = found.write_clean(tmp_path / "clean").values()
+    assert made.path.name == "my-set-1.jsonl"
+    kept = [json.loads(line) for line in made.path.read_text().splitlines()]
+    assert kept == [row for at, row in enumerate(rows) if ("my set/1", at) not in found]
+    assert len(kept) == 6
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    before = path.read_bytes()
+    named = pv.flag(hooked, path, bank(), out=tmp_path / "named")
+    with pytest.raises(FlagError, match="itself lies"):
+        named.filter("evil", threshold=0.0).write_clean(tmp_path)
+    assert path.read_bytes() == before

@@ -1,0 +1,108 @@
+"""A streamer for transformers' generate: the text and projections of pvcore's own stream."""
+
+import threading
+
+import pytest
+import torch
+
+import pvcore as pv
+from pvcore.errors import ChatError, HookError, PlanError
+from tests.families import build
+from tests.subjects import fresh, prompts, subject, worst
+from tests.test_stream import BANK, GREEDY
+
+CHAT = "Is it 3?"
+
+
+def inputs(model: pv.HookedModel) -> torch.Tensor:
+    return torch.tensor(model.tokenizer(CHAT)["input_ids"])[None]
+
+
+def same(got: list[pv.Step], wanted: list[pv.Step]) -> None:
+    assert [step.text for step in got] == [step.text for step in wanted]
+    assert len(got) >= 2
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        for trait in BANK.traits:
+            scale = max(1.0, float(other.projections[trait].abs().max()))
+            assert worst(one.projections[trait], other.projections[trait]) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_it_tells_what_a_stream_tells(name: str) -> None:
+    model = subject(name).model
+    bank = pv.VectorBank([vector.rename(vector.trait) for vector in BANK])
+    wanted = list(model.stream([CHAT], bank, check_model=False, **GREEDY))
+    streamer = pv.ProjectionStreamer(model, bank, timeout=60, check_model=False)
+    thread = threading.Thread(
+        target=model.hf.generate, args=(inputs(model),), kwargs={"streamer": streamer, **GREEDY}
+    )
+    thread.start()
+    got = list(streamer)
+    thread.join()
+    same(got, wanted)
+    told: list[pv.Step] = []
+    at_once = pv.ProjectionStreamer(model, bank, on_step=told.append, check_model=False)
+    for _ in range(2):
+        told.clear()
+        model.hf.generate(inputs(model), streamer=at_once, **GREEDY)
+        same(told, wanted)
+
+
+def test_plans_of_the_thread_act_and_nothing_stays_armed() -> None:
+    model, told = fresh("qwen2").model, list[pv.Step]()
+    plain = model.hf.generate(inputs(model), **GREEDY)
+    streamer = pv.ProjectionStreamer(model, BANK, on_step=told.append)
+    with model.steer(pv.Add(BANK["evil"], coeff=6.0, layers=[1])):
+        model.hf.generate(inputs(model), streamer=streamer, **GREEDY)
+        wanted = list(model.stream([CHAT], BANK, **GREEDY))
+    same(told, wanted)
+    assert [int(step.token_ids) for step in told] != plain[0, inputs(model).shape[1] :].tolist()
+    assert not model._taps.is_armed()
+    assert torch.equal(model.hf.generate(inputs(model), **GREEDY), plain)
+
+
+def test_a_failed_generation_can_be_closed_and_the_streamer_used_again() -> None:
+    model, told = fresh("qwen2").model, list[pv.Step]()
+    streamer = pv.ProjectionStreamer(model, BANK, on_step=told.append)
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of order")
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        model.hf.generate(inputs(model), streamer=streamer, logits_processor=[fail], **GREEDY)
+    assert model._taps.is_armed()
+    streamer.close()
+    assert not model._taps.is_armed()
+    model.hf.generate(inputs(model), streamer=streamer, **GREEDY)
+    same(told, list(model.stream([CHAT], BANK, **GREEDY)))
+
+
+def test_what_it_cannot_follow_is_refused() -> None:
+    model = subject("qwen2").model
+    streamer = pv.ProjectionStreamer(model, BANK, timeout=0.01)
+    with pytest.raises(PlanError, match="got 2 chats in a streamer"):
+        model.hf.generate(torch.stack(prompts([4, 4])), streamer=streamer, **GREEDY)
+    with pytest.raises(HookError, match=r"no token for 0.01 seconds"):
+        next(iter(streamer))
+    with pytest.raises(ChatError, match="no tokenizer"):
+        pv.ProjectionStreamer(pv.HookedModel(build("qwen2")), BANK)
+
+
+def test_a_model_compiled_while_idle_is_heard_too() -> None:
+    model, told = fresh("qwen2").model, list[pv.Step]()
+    short = {"max_new_tokens": 2, "do_sample": False}
+    wanted = list(model.stream([CHAT], BANK, **short))
+    model.hf.forward = torch.compile(model.hf.forward, backend="eager")
+    plain = model.hf.generate(inputs(model), **short)
+    streamer = pv.ProjectionStreamer(model, BANK, on_step=told.append)
+    assert torch.equal(model.hf.generate(inputs(model), streamer=streamer, **short), plain)
+    same(told, wanted)
+
+
+def test_another_model_s_tokens_are_refused() -> None:
+    streamer = pv.ProjectionStreamer(fresh("qwen2").model, BANK)
+    other = subject("qwen2").model
+    with pytest.raises(HookError, match="did not come past all sites"):
+        other.hf.generate(inputs(other), streamer=streamer, **GREEDY)
+    streamer.close()
