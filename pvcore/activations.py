@@ -113,8 +113,9 @@ class Reading:
     first_batch: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SpanError(f"got batch_size {self.batch_size}; wanted at least 1")
+        size = self.batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise SpanError(f"got batch_size {size!r}; wanted a whole number of at least 1")
         for site in self.sites:
             self.taps.decoder.require(site)
 

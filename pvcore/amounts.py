@@ -1,13 +1,15 @@
 """Amounts: coefficients and bounds, one number for all, or one per row, per layer or both."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pvcore.errors import PlanError
 
+# Coefficients are float32: a larger one would be infinite there.
+LARGEST = 3.4e38
 Number = int | float
 PerRow = Number | Sequence[Number] | Tensor
 Setting = PerRow | Mapping[int, PerRow]
@@ -55,15 +57,19 @@ def _rows(value: PerRow, name: str) -> Rows:
                 f"got {name} as a tensor that requires grad; interventions do not differentiate "
                 f"through {name}: pass {name}.detach(), or patch in model.trace(...)"
             )
+        if value.is_meta:
+            raise PlanError(f"got {name} on the meta device; wanted a tensor that holds numbers")
         if value.ndim > 1:
             raise PlanError(f"got {name} of shape {list(value.shape)}; wanted one number per row")
         value = value.tolist()
+    if isinstance(value, Set):
+        raise PlanError(f"got a set for {name}, whose order is nobody's; wanted a list")
     entries = list(value) if isinstance(value, Iterable) else [value]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, int | float):
             raise PlanError(f"got {entry!r} in {name}; wanted numbers, one or one per row")
-        if not math.isfinite(entry):
-            raise PlanError(f"got {entry} in {name}; wanted finite numbers")
+        if not math.isfinite(entry) or abs(entry) > LARGEST:
+            raise PlanError(f"got {entry} in {name}; wanted finite numbers that float32 can hold")
     if not entries:
         raise PlanError(f"got no numbers for {name}; wanted one, or one per row of the batch")
     return tuple(map(float, entries)) if isinstance(value, Iterable) else float(entries[0])

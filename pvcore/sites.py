@@ -125,6 +125,8 @@ def resid_post(layer: int) -> Site:
 
 def as_sites(layers: Iterable[int | Site]) -> tuple[Site, ...]:
     """Sites as given, and bare layer numbers as `resid_post`; duplicates are an error."""
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise SiteError(f"got {layers!r} for layers; wanted a list of layer numbers or Sites")
     sites = tuple(entry if isinstance(entry, Site) else resid_post(entry) for entry in layers)
     if not sites:
         raise SiteError("got no layers; wanted at least one layer number or Site")

@@ -6,10 +6,13 @@ so what the consumer does between two steps takes effect on the next token.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -56,6 +59,15 @@ class _Cancelled(Exception):
     """The consumer has gone."""
 
 
+def _autocasts() -> list[torch.autocast]:
+    """What autocast does in this thread: torch keeps that by thread, not by context."""
+    return [
+        torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+
+
 class Relay:
     """Runs a producer in a thread, one item ahead of nobody."""
 
@@ -75,8 +87,9 @@ class Relay:
 
     def items(self, produce: Callable[[], object]) -> Iterator[Any]:
         """From the consumer: items as `produce` offers them; its error is raised here."""
+        run = partial(self._run, produce, _autocasts())
         thread = threading.Thread(
-            target=copy_context().run, args=(self._run, produce), daemon=True, name="pvcore-stream"
+            target=copy_context().run, args=(run,), daemon=True, name="pvcore-stream"
         )
         thread.start()
         try:
@@ -92,9 +105,12 @@ class Relay:
         if self._error is not None:
             raise self._error
 
-    def _run(self, produce: Callable[[], object]) -> None:
+    def _run(self, produce: Callable[[], object], autocasts: Sequence[torch.autocast]) -> None:
         try:
-            produce()
+            with ExitStack() as stack:
+                for one in autocasts:
+                    stack.enter_context(one)
+                produce()
         except _Cancelled:
             pass
         except BaseException as error:

@@ -99,6 +99,16 @@ VECTORS: dict[str, Case] = {
 }
 
 SITES: dict[str, Case] = {
+    "one number for a list": (
+        lambda found: found.model.read([IDS], sites=1, span="all"),
+        errors.SiteError,
+        "wanted a list of layer numbers",
+    ),
+    "a batch size that is no whole number": (
+        lambda found: found.model.read([IDS], sites=[1], span="all", batch_size=1.5),
+        errors.SpanError,
+        "got batch_size 1.5",
+    ),
     "negative": (lambda _: pv.resid_post(-1), errors.SiteError, r"layer -1.*counted from 0"),
     "a negative layer of a step": (
         lambda _: pv.Add(evil(), coeff=1.0, layers=[-1]),
@@ -143,6 +153,17 @@ STEPS: dict[str, Case] = {
         lambda _: pv.Add(evil(), coeff={0: 1.0, 1: float("nan"), 2: 1.0}),
         errors.PlanError,
         "nan in coeff",
+    ),
+    "too large for float32": (
+        lambda _: pv.Add(evil(), coeff=1e39),
+        errors.PlanError,
+        "float32 can hold",
+    ),
+    "a set": (lambda _: pv.Add(evil(), coeff={1.0, 2.0}), errors.PlanError, "a set for coeff"),
+    "on the meta device": (
+        lambda _: pv.Add(evil(), coeff=torch.ones(2, device="meta")),
+        errors.PlanError,
+        "meta device",
     ),
     "no number": (lambda _: pv.Add(evil(), coeff="2"), errors.PlanError, "coeff"),
     "no numbers": (lambda _: pv.Add(evil(), coeff=[]), errors.PlanError, "no numbers for coeff"),

@@ -9,6 +9,7 @@ import torch
 
 from benches import paper_loop, pooling
 from benches.pooling import COLUMNS, FASTER, QUICK, ROWS, Task, task_of
+from benches.pooling_memory import peak
 from benches.reading import chat_tokenizer
 
 
@@ -59,7 +60,12 @@ def test_measures_every_way_beside_the_bare_forward_and_the_loop(
 
 
 def test_memory_is_that_of_a_process_of_its_own() -> None:
-    assert 100_000 < pooling._peak(QUICK, 4) < 4_000_000  # KiB: torch and transformers are in it
+    alone = pooling._peak(QUICK, 4)
+    assert 100_000 < alone < 4_000_000  # KiB: torch and transformers are in it
+    held = bytearray(600 << 20)
+    held[:: 1 << 12] = b"x" * (len(held) >> 12)  # in memory, page by page
+    assert pooling._peak(QUICK, 4) < alone + 200_000  # what this process holds is not counted
+    assert peak() > 600 << 10
 
 
 def test_a_wrong_vector_leaves_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

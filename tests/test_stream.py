@@ -44,6 +44,22 @@ def test_steps_that_wait_to_be_scored_give_what_a_stream_shows():
         assert len({tuple(row) for row in streamed[:, 0].tolist()}) > WAITING_STEPS
 
 
+def test_a_stream_runs_under_the_autocast_around_it():
+    model = subject("qwen2").model
+    seen = []
+    handle = model.hf.model.layers[0].mlp.register_forward_hook(
+        lambda _module, _args, output: seen.append(output.dtype)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        list(model.stream(["well"], **GREEDY))
+    under = set(seen)
+    seen.clear()
+    list(model.stream(["well"], **GREEDY))
+    handle.remove()
+    assert under == {torch.bfloat16}
+    assert set(seen) == {torch.float32}
+
+
 def test_steering_around_a_stream_reaches_it():
     model = subject("qwen2").model
     plain = [step.token_ids.tolist() for step in model.stream(["well"], **GREEDY)]
