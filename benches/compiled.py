@@ -16,7 +16,7 @@ from benches.random_models import Shape, random_prompts, random_qwen2, random_ve
 from benches.record import Cell, Check, Record
 
 NAME = "compiled"
-COLUMN = "decode step"
+COLUMN = "decoding"
 ROWS = {name: WORDS[name] for name in ("again", "idle", "unarmed", "monitor", "steer", "both")} | {
     "idle": "taps on, compiled `hf.generate`",
     "eager": "plain, not compiled",
@@ -207,8 +207,8 @@ def _timed(way: Ways, labels: Mapping[str, str], settings: Settings) -> dict[str
 def _workload(settings: Settings) -> dict[str, record.Plain]:
     return {
         "ratio": (
-            "CPU time of a decode step beside that of transformers' compiled generation on the "
-            "same weights, all ways taking turns after every token"
+            "CPU time of all that follows the first token, beside transformers' compiled "
+            "generation on the same weights, the ways taking turns after each token"
         ),
         "model": "Qwen2, random weights",
         "hidden": settings.shape.hidden,
@@ -219,5 +219,5 @@ def _workload(settings: Settings) -> dict[str, record.Plain]:
         "prompt tokens": settings.prompt_tokens,
         "new tokens": settings.new_tokens,
         "vectors": settings.vectors,
-        "steps timed": settings.generations * (settings.new_tokens - 1),
+        "generations": settings.generations,
     }

@@ -1,7 +1,8 @@
-"""Lockstep: generations that take turns after every token, so that each step is timed in company.
+"""Lockstep: generations that take turns after every token, so that each is timed in company.
 
-Other processes slow a shared machine for milliseconds as well as for minutes. Steps that follow
-one another within a round meet the same weather, and a round is over in a few steps' time.
+Other processes slow a shared machine for milliseconds as well as for minutes. Generations that
+advance token by token beside each other meet the same weather, and all they do is counted: work
+that waits for a later step, or for the end, is in none of the steps before.
 """
 
 import random
@@ -27,7 +28,9 @@ class _Runner:
         self._error: BaseException | None = None
         self._over = False
         self.laps: list[Lap] = []
-        self._began: tuple[float, float] | None = None
+        # Seconds of this generation's decoding so far; None while its prompt runs.
+        self._spent: list[float] | None = None
+        self._began = (0.0, 0.0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         self._stopped.acquire()
@@ -41,15 +44,19 @@ class _Runner:
             raise self._error
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """As a logits processor: a token is made, whose time counts unless it was a prompt's."""
-        self._finish()
-        ended = perf_counter(), thread_time()
-        if self._began is not None:
-            wall, cpu = ended[0] - self._began[0], ended[1] - self._began[1]
-            self.laps.append(Lap(wall=wall, cpu=cpu))
+        """As a logits processor: a token is made. Before the first one only the prompt ran."""
+        self._pause()
+        if self._spent is None:
+            self._spent = [0.0, 0.0]
         self._wait()
         self._began = perf_counter(), thread_time()
         return scores
+
+    def _pause(self) -> None:
+        self._finish()
+        if self._spent is not None:
+            self._spent[0] += perf_counter() - self._began[0]
+            self._spent[1] += thread_time() - self._began[1]
 
     def _run(self) -> None:
         from transformers import LogitsProcessorList
@@ -58,8 +65,11 @@ class _Runner:
         try:
             self._wait()
             for _ in range(self._generations):
-                self._began = None
+                self._spent = None
                 self._arm(logits_processor=LogitsProcessorList([self]))
+                self._pause()
+                wall, cpu = self._spent or (0.0, 0.0)
+                self.laps.append(Lap(wall=wall, cpu=cpu))
         except BaseException as error:
             self._error = error
         self._over = True
@@ -79,7 +89,9 @@ def take_turns(
     finish: Callable[[], None] = lambda: None,
     what: str = "steps",
 ) -> dict[str, list[Lap]]:
-    """Time every decode step of every arm, one arm after the other in an order drawn anew.
+    """Time what every arm's generations take after their first token, all going side by side.
+
+    After each token the arms go on one after the other, in an order drawn anew.
 
     Arms must not share a model that one of them hooks. `finish` waits for the device. An arm's
     error is raised here.

@@ -32,7 +32,7 @@ ROWS = {
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
-STEP, WHOLE, WALL = "decode step", "whole generation", "wall clock"
+STEP, WHOLE, WALL = "decoding", "whole generation", "wall clock"
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.05}
 
@@ -52,7 +52,6 @@ class Settings:
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 16
     new_tokens: int = 32
-    # Rounds of single steps, the arms in turn, are many; of whole generations few.
     generations: int = 64
     rounds: int = 40
     seed: int = 0
@@ -206,9 +205,9 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
     config = task.plain.config
     return {
         "ratio": (
-            "time beside plain `hf.generate` on the same weights: CPU time of a decode step, "
-            "all ways taking turns after every token, and CPU time and wall clock of the whole "
-            "generation"
+            "time beside plain `hf.generate` on the same weights: CPU time of all that follows the "
+            "first token, the ways taking turns after each, and CPU time and wall clock of whole "
+            "generations"
         ),
         "model": _called(settings.model, config),
         "hidden": task.model.d_model,
@@ -218,8 +217,8 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
         "prompt tokens": settings.prompt_tokens,
         "new tokens": settings.new_tokens,
         "vectors": len(task.vectors),
-        "steps timed": settings.generations * (settings.new_tokens - 1),
-        "generations timed": settings.rounds,
+        "generations in turns": settings.generations,
+        "whole generations": settings.rounds,
     }
 
 

@@ -270,9 +270,8 @@ class TestOverhead:
         assert made.correct
         assert len(made.cells) == len(SETTINGS.batches) * len(ARMS) * 3
         assert {cell.status for cell in made.cells.values()} == {"measured"}
-        steps = SETTINGS.generations * (SETTINGS.new_tokens - 1)
         assert {(label.split("/")[-1], cell.n) for label, cell in made.cells.items()} == {
-            (overhead.STEP, steps),
+            (overhead.STEP, SETTINGS.generations),
             (overhead.WHOLE, SETTINGS.rounds),
             (overhead.WALL, SETTINGS.rounds),
         }

@@ -1,11 +1,14 @@
 """Lockstep: arms take turns after every token, each step is timed, and errors come out."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import pytest
 import torch
 
+from benches import lockstep
 from benches.lockstep import take_turns
 
 STEPS = 4
@@ -23,15 +26,36 @@ def arm(name: str, log: list[str]) -> Callable[..., None]:
 def test_arms_go_side_by_side() -> None:
     log: list[str] = []
     laps = take_turns({name: arm(name, log) for name in "ab"}, generations=3, new_tokens=STEPS)
-    # A prompt's first token is not counted: three steps of each of three generations are.
-    assert {name: len(made) for name, made in laps.items()} == {"a": 9, "b": 9}
-    assert all(lap.cpu >= 0 and lap.wall > 0 for made in laps.values() for lap in made)
+    assert {name: len(made) for name, made in laps.items()} == {"a": 3, "b": 3}
     for start in range(0, len(log), 2):
         pair = log[start : start + 2]
         assert {entry[0] for entry in pair} == {"a", "b"}
         assert pair[0][1:] == pair[1][1:]
     firsts = {log[start][0] for start in range(0, len(log), 2)}
     assert firsts == {"a", "b"}
+
+
+def test_all_that_follows_the_first_token_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a step and after the last token, but none of the prompt or of another arm."""
+    clock: dict[int, float] = defaultdict(float)
+    monkeypatch.setattr(lockstep, "thread_time", lambda: clock[get_ident()])
+    monkeypatch.setattr(lockstep, "perf_counter", lambda: sum(clock.values()))
+
+    def works(prompt: float, step: float, end: float) -> Callable[..., None]:
+        def generate(*, logits_processor: Any) -> None:
+            clock[get_ident()] += prompt
+            for _ in range(STEPS):
+                logits_processor(torch.zeros(1, 1), torch.zeros(1, 3))
+                clock[get_ident()] += step
+            clock[get_ident()] += end
+
+        return generate
+
+    arms = {"one": works(50.0, 1.0, 20.0), "other": works(7.0, 100.0, 0.0)}
+    laps = take_turns(arms, generations=2, new_tokens=STEPS)
+    assert [lap.cpu for lap in laps["one"]] == [24.0, 24.0]
+    assert [lap.cpu for lap in laps["other"]] == [400.0, 400.0]
+    assert [lap.wall for lap in laps["one"]] == [24.0, 24.0]
 
 
 def test_an_arm_s_error_is_raised() -> None:
