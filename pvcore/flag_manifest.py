@@ -9,7 +9,7 @@ from typing import Any
 
 from pvcore.errors import FlagError
 from pvcore.files import write_durably
-from pvcore.flag_shards import footers
+from pvcore.flag_shards import clear, footers
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -77,13 +77,24 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder: two processes at once would do everything twice. A kill lets go of it."""
+    """Hold the folder: two processes at once would do everything twice. A kill lets go of it.
+
+    What killed writes have left is removed once the folder is held: before, it may be another's.
+    """
     try:
         import fcntl
     except ImportError:  # Windows, where an open file is its own lock
+        clear(folder)
         yield
         return
-    with (folder / ".lock").open("w") as lock:
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise FlagError(
+            f"got {folder}, where nothing can be written ({error.strerror}); wanted a folder of "
+            "your own. A finished scan is read with pv.Flags.load(folder, sources=...)"
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -91,6 +102,7 @@ def alone(folder: Path) -> Iterator[None]:
                 f"got {folder}, into which another process is scanning; wait for it, or give "
                 "another out"
             ) from error
+        clear(folder)
         yield
 
 

@@ -19,6 +19,7 @@ from pvcore.files import clear_drafts, write_durably
 from pvcore.flag_tokens import Rejected, Sample
 
 SCORES, REJECTED, REPLIES = "scores", "rejected", "replies"
+FOLDERS = ("", SCORES, REJECTED, REPLIES)
 KEY = b"pvcore"
 KEYS = ("id", "source", "row", "n_prompt_tokens", "n_response_tokens")
 SCORE_KINDS = ("response_mean", "last_prompt_token", "difference")
@@ -62,15 +63,25 @@ def rejected_path(folder: Path, shard: int) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folders of a scan, and remove what killed writes left in them."""
+    """Make the folders of a scan."""
     try:
-        for name in ("", SCORES, REJECTED, REPLIES):
+        for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
-            clear_drafts(folder / name)
     except OSError as error:
         raise FlagError(
             f"got {folder}, where nothing can be written ({error.strerror}); wanted a folder of "
             "your own"
+        ) from error
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed writes left in a folder; only for who holds it, or others lose theirs."""
+    try:
+        for name in FOLDERS:
+            clear_drafts(folder / name)
+    except OSError as error:
+        raise FlagError(
+            f"got {folder}, where drafts of an earlier scan cannot be removed ({error.strerror})"
         ) from error
 
 

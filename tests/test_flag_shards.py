@@ -117,7 +117,17 @@ def test_drafts_of_killed_writes_are_cleared_away(tmp_path: Path) -> None:
     for name in (".manifest.json.0.tmp", "scores/.part-000000.parquet.1.tmp"):
         (tmp_path / name).write_bytes(b"half")
     prepare(tmp_path)
-    assert not list(tmp_path.rglob("*.tmp"))
+    with flag_manifest.alone(tmp_path):
+        assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_without_room_for_a_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(FlagError, match=r"nothing can be written.*Flags\.load"),
+        flag_manifest.alone(tmp_path),
+    ):
+        pass
 
 
 def test_a_full_disk_is_one_error_and_leaves_no_draft(

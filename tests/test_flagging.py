@@ -356,8 +356,14 @@ def test_two_scans_never_share_a_folder(hooked: pv.HookedModel, data: Path, tmp_
 
     out = tmp_path / "out"
     out.mkdir()
-    with flag_manifest.alone(out), pytest.raises(FlagError, match="another process"):
-        pv.flag(hooked, data, bank(), out=out)
+    with flag_manifest.alone(out):
+        (out / "scores").mkdir()
+        drafts = [out / ".manifest.json.0.tmp", out / "scores/.part-000000.parquet.1.tmp"]
+        for draft in drafts:
+            draft.write_bytes(b"half")
+        with pytest.raises(FlagError, match="another process"):
+            pv.flag(hooked, data, bank(), out=out)
+        assert all(draft.exists() for draft in drafts), "the other's drafts were taken away"
     assert pv.flag(hooked, data, bank(), out=out).scored == 39
 
 
