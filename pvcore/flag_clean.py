@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.files import sync_folder
+from pvcore.flag_origin import Origin
 from pvcore.flag_rows import RowDefect
 from pvcore.flag_sources import Source
 from pvcore.flag_tables import ROWS, csv_cells
@@ -53,8 +54,13 @@ def write_clean(
     folder: Path,
     flagged: Mapping[str, NDArray[np.int64]],
     rejected: Mapping[str, set[int]],
+    origin: Origin,
 ) -> dict[str, Cleaned]:
-    """Copy the sources without some rows; each copy appears whole, under the source's file name."""
+    """Copy the sources without some rows; each copy appears whole, under the source's file name.
+
+    Raises `FlagError`, without a copy, where a source is not what was scored.
+    """
+    origin.check_files(sources)
     names = [_file_name(source) for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -68,7 +74,7 @@ def write_clean(
             raise FlagError(f"got {folder}, where {source.name} itself lies; give another folder")
         none = np.empty(0, dtype=np.int64)
         sieve = _Sieve(flagged.get(source.name, none), rejected.get(source.name, set()))
-        _copied(source, path, sieve)
+        _copied(source, path, sieve, origin)
         made[source.name] = Cleaned(
             path=path, kept=sieve.kept, flagged=sieve.flagged, rejected=sieve.rejected
         )
@@ -82,7 +88,7 @@ def _file_name(source: Source) -> str:
     return f"{safe}.jsonl"
 
 
-def _copied(source: Source, path: Path, sieve: _Sieve) -> None:
+def _copied(source: Source, path: Path, sieve: _Sieve, origin: Origin) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ def _copied(source: Source, path: Path, sieve: _Sieve) -> None:
             if source.kind == "parquet":
                 _copy_parquet(source, draft, sieve)
             else:
-                _copy_lines(source, draft, sieve)
+                _copy_lines(source, draft, sieve, origin)
             draft.replace(path)
             sync_folder(path.parent)
         finally:
@@ -99,19 +105,19 @@ def _copied(source: Source, path: Path, sieve: _Sieve) -> None:
         raise FlagError(f"got {path}, which cannot be written: {error.strerror}") from error
 
 
-def _copy_lines(source: Source, draft: Path, sieve: _Sieve) -> None:
+def _copy_lines(source: Source, draft: Path, sieve: _Sieve, origin: Origin) -> None:
     packed = source.path is not None and source.path.suffix.casefold() == ".gz"
     with draft.open("wb") as raw:
         # Without a name or date inside, equal data gives equal bytes.
         out: Any = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if packed else raw
-        with closing(_lines(source, sieve)) as lines:
+        with closing(_lines(source, sieve, origin)) as lines:
             for line in lines:
                 out.write(line)
         if packed:
             out.close()
 
 
-def _lines(source: Source, sieve: _Sieve) -> Generator[bytes, None, None]:
+def _lines(source: Source, sieve: _Sieve, origin: Origin) -> Generator[bytes, None, None]:
     if source.kind == "csv":
         assert source.path is not None, "only files are tables"
         for row, cells in csv_cells(source.path):
@@ -120,12 +126,16 @@ def _lines(source: Source, sieve: _Sieve) -> Generator[bytes, None, None]:
             elif row < 0 or sieve.keeps(row):
                 yield _csv_line(cells)
         return
+    witness = origin.witness(source)
     for raw in source.rows(frozenset()):
+        if witness is not None:
+            witness.see(raw)
         if isinstance(raw.content, RowDefect):
             sieve.rejected += 1
         elif sieve.keeps(raw.row):
             line = raw.content if isinstance(raw.content, bytes) else _json_line(raw.content)
             yield line if line.endswith(b"\n") else line + b"\n"
+    origin.check_rows(source, witness)
 
 
 def _json_line(record: Any) -> bytes:

@@ -3,10 +3,11 @@
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pvcore.errors import FlagError
+from pvcore.flag_origin import Tally, Witness
 from pvcore.flag_shards import Footer
 from pvcore.flag_sources import RawRow, Source
 from pvcore.flag_tokens import Reading, Rejected, Sample
@@ -38,6 +39,7 @@ class Feed:
     reading: Reading
     shard_rows: int
     held: Callable[[int], Footer | None]
+    witnesses: dict[str, Witness] = field(default_factory=dict)
 
     def portions(self) -> Iterator[Portion]:
         """Every shard in order."""
@@ -45,9 +47,19 @@ class Feed:
         for shard, rows in enumerate(_stretches(self._rows(), self.shard_rows)):
             yield self._portion(shard, rows, self._share(rows[-1], total))
 
+    def tallies(self) -> dict[str, Tally]:
+        """What came by of each data set, once all portions have."""
+        return {name: witness.tally for name, witness in self.witnesses.items()}
+
     def _rows(self) -> Iterator[Row]:
+        form = self.reading.form
         for source in self.sources:
-            for raw in source.rows(self.reading.form.known):
+            witness = None
+            if source.path is None:
+                witness = self.witnesses[source.name] = Witness(source, form)
+            for raw in source.rows(form.known):
+                if witness is not None:
+                    witness.see(raw)
                 yield source, raw
 
     def _portion(self, shard: int, rows: Sequence[Row], share: float) -> Portion:

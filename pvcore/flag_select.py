@@ -82,13 +82,16 @@ class Selection:
         """Copy every source without its flagged rows into a folder; what was left out, by source.
 
         Files keep their form, and lines of text their bytes; data sets become JSON lines. Rows that
-        could not be scored are left out too, unless `keep_rejected`.
+        could not be scored are left out too, unless `keep_rejected`. Sources that are not what was
+        scored are refused.
         """
         rejected: dict[str, set[int]] = {}
         for row in self.flags.rejected():
             rejected.setdefault(row["source"], set()).add(row["row"])
         left_out = {} if keep_rejected else rejected
-        return write_clean(self.flags.sources, Path(folder), self.flagged, left_out)
+        return write_clean(
+            self.flags.sources, Path(folder), self.flagged, left_out, self.flags.origin
+        )
 
 
 def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:

@@ -51,6 +51,34 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What one row says: its name, and its messages or why it has none."""
+
+    name: dict[str, Any]
+    messages: list[Message] | None
+    field: str
+    defect: RowDefect | None
+
+    @property
+    def mark(self) -> bytes:
+        """Bytes that are another row's when what is scored of it is another."""
+        said = self.messages if self.defect is None else str(self.defect)
+        return repr((*self.name.values(), said)).encode()
+
+
+def said_by(source: str, raw: RawRow, form: Form) -> Said:
+    """What a row of a source says, without a tokenizer."""
+    name: dict[str, Any] = {"source": source, "row": raw.row, "id": f"{source}:{raw.row}"}
+    try:
+        record = decode(raw.content)
+        name["id"] = row_id(record) or name["id"]
+        messages = conversation(record, form)
+    except RowDefect as defect:
+        return Said(name=name, messages=None, field=defect.field, defect=defect)
+    return Said(name=name, messages=messages, field=field_of(record, form), defect=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """How rows become samples: the form, the tokenizer and the model's limits."""
 
@@ -68,24 +96,16 @@ class Reading:
         fields: list[str] = []
         named: list[dict[str, Any]] = []
         for source, raw in raws:
-            name: dict[str, Any] = {
-                "source": source.name,
-                "row": raw.row,
-                "id": f"{source.name}:{raw.row}",
-            }
-            named.append(name)
-            try:
-                record = decode(raw.content)
-                name["id"] = row_id(record) or name["id"]
-                messages = conversation(record, self.form)
-            except RowDefect as defect:
-                found.append(Rejected(**name, field=defect.field, reason=defect.reason))
-                digest.update(repr((*name.values(), str(defect))).encode())
+            said = said_by(source.name, raw, self.form)
+            named.append(said.name)
+            digest.update(said.mark)
+            if said.messages is None:
+                reason = said.defect.reason if said.defect is not None else ""
+                found.append(Rejected(**said.name, field=said.field, reason=reason))
                 continue
-            digest.update(repr((*name.values(), messages)).encode())
             places.append(len(found))
-            texts.append(messages)
-            fields.append(field_of(record, self.form))
+            texts.append(said.messages)
+            fields.append(said.field)
             found.append(None)
         encoded = encode_many(self.tokenizer, texts, self.max_length)
         for place, messages, field, one in zip(places, texts, fields, encoded, strict=True):

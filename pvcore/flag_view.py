@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.flag_estimates import Estimate
+from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Message
 from pvcore.flag_sources import Source
 from pvcore.sites import Site
@@ -52,6 +53,7 @@ class Scanned(ABC):
     """A finished scan, as selections and reports see it."""
 
     manifest: dict[str, Any]
+    origin: Origin
 
     @property
     @abstractmethod

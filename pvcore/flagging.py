@@ -115,8 +115,7 @@ def _flags(
                 replies=given,
                 mark=fingerprint(asked),
             )
-            totals = scan.run(progress)
-            flag_manifest.write(folder, {**manifest, "status": "complete", "totals": totals})
+            flag_manifest.write(folder, {**manifest, "status": "complete", **scan.run(progress)})
     return Flags(folder, sources=sources, model=model, bank=bank)
 
 
@@ -133,8 +132,8 @@ class Scan:
     replies: Source | None
     mark: str
 
-    def run(self, progress: bool) -> dict[str, int]:
-        """Score and write every shard that is not there yet; the totals of all."""
+    def run(self, progress: bool) -> dict[str, Any]:
+        """Score and write every shard that is not there yet; what the manifest says of all."""
         meter, shards = Meter(), 0
         with ExitStack() as stack:
             own = self.own_replies(stack)
@@ -154,12 +153,13 @@ class Scan:
         self._refuse_more_than(shards)
         if not meter.rows + meter.rejected:
             raise FlagError("got sources without a row; wanted conversations to score")
-        return {
+        totals = {
             "shards": shards,
             "scored": meter.rows,
             "rejected": meter.rejected,
             "tokens": sum(footer.tokens for footer in footers(self.folder)),
         }
+        return {"totals": totals, "data_sets": feed.tallies()}
 
     def _held(self, shard: int) -> Footer | None:
         found = footer_of(self.folder, shard)

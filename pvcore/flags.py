@@ -12,9 +12,18 @@ from numpy.typing import NDArray
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
 from pvcore.flag_estimates import Running
+from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
 from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
-from pvcore.flag_shards import KEYS, SCORE_KINDS, rejected_tables, score_columns, tables
+from pvcore.flag_shards import (
+    KEYS,
+    SCORE_KINDS,
+    footer_of,
+    rejected_tables,
+    score_columns,
+    scores_path,
+    tables,
+)
 from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_text import conversations_of
 from pvcore.flag_view import DatasetFlags, FlaggedRow, Scanned
@@ -51,9 +60,23 @@ class Flags(Scanned):
                 "into it again to finish it"
             )
         self.manifest: dict[str, Any] = manifest
+        self._check_shards()
+        self.origin = Origin(manifest)
         self._sources = _resolved(sources)
+        self.origin.check_names(self._sources or ())
         self._model, self._bank = model, bank
         self._datasets: dict[str, DatasetFlags] | None = None
+
+    def _check_shards(self) -> None:
+        mark = flag_manifest.fingerprint(self.manifest["asked"])
+        for shard in range(self.manifest["totals"]["shards"]):
+            footer = footer_of(self.folder, shard)
+            if footer is None or footer.fingerprint != mark:
+                raise FlagError(
+                    f"got {scores_path(self.folder, shard)} missing, cut short or of another scan; "
+                    "wanted every shard of this one. Flag the same data again: only what is "
+                    "missing is made anew"
+                )
 
     @classmethod
     def load(
@@ -203,8 +226,9 @@ class Flags(Scanned):
         return selected(chosen, self.tables(["id", "source", "row", column]), self)
 
     def conversations(self, rows: Sequence[FlaggedRow]) -> list[list[Message]]:
-        """The text of rows, read again from the sources."""
-        return conversations_of(self.sources, self.form, [(one.source, one.row) for one in rows])
+        """The text of rows, read again from the sources, which must be what was scored."""
+        keys = [(one.source, one.row) for one in rows]
+        return conversations_of(self.sources, self.form, keys, self.origin)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -169,6 +169,22 @@ def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
         assert found.unjudged == 4
 
 
+@pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
+def test_a_lost_shard_is_named(hooked: pv.HookedModel, tmp_path: Path, loss: str) -> None:
+    rows = [{"messages": chat} for chat in chats(12)]
+    rows[5] = {"messages": []}
+    pv.flag(hooked, rows, bank(), out=tmp_path, shard_rows=4)
+    assert pv.Flags.load(tmp_path).scored == 11
+    part = tmp_path / "scores/part-000001.parquet"
+    if loss == "cut":
+        part.write_bytes(part.read_bytes()[:-9])
+    else:
+        (part if loss == "gone" else tmp_path / "rejected" / part.name).unlink()
+    with pytest.raises(FlagError, match=r"part-000001\.parquet missing, cut short"):
+        pv.Flags.load(tmp_path)
+    assert pv.flag(hooked, rows, bank(), out=tmp_path, shard_rows=4).scored == 11
+
+
 def test_two_filters_together_flag_what_either_does(flags: pv.Flags) -> None:
     one, other = flags.filter("evil", threshold=0.2), flags.filter("humor", threshold=0.2)
     both = one | other
