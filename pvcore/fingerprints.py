@@ -32,6 +32,14 @@ def of_weights(hf: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_generation(hf: Any) -> str:
+    """A fingerprint of how a model generates unless it is told otherwise."""
+    held = getattr(hf, "generation_config", None)
+    config = {} if held is None else held.to_dict()
+    config.pop("transformers_version", None)
+    return of_text(json.loads(json.dumps(config, default=str)))
+
+
 def of_tokenizer(tokenizer: Any) -> str:
     """A fingerprint of how chats become tokens: the template and the vocabulary."""
     if tokenizer is None:

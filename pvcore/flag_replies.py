@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +24,6 @@ from pvcore.model import HookedModel
 from pvcore.numerals import Number
 
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
-Key = tuple[str, int]
 
 
 @runtime_checkable
@@ -43,18 +42,21 @@ def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
 
 
 class GeneratedReplies:
-    """Greedy replies of the model, kept in a file for each shard that only grows."""
+    """Greedy replies of the model, kept in a file for each shard that only grows.
+
+    `mark` is the fingerprint of the scan, which holds that of the weights.
+    """
 
     def __init__(
-        self, model: HookedModel, folder: Path, *, max_new_tokens: int, batch_size: int
+        self, model: HookedModel, folder: Path, *, mark: str, max_new_tokens: int, batch_size: int
     ) -> None:
-        self._model, self._folder = model, folder / REPLIES
+        self._model, self._folder, self._mark = model, folder / REPLIES, mark
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
         path = self._folder / f"part-{shard:06d}.jsonl"
-        known = dict(_kept(path))
-        missing = [one for one in samples if (one.source, one.row) not in known]
+        known = _kept(path)
+        missing = [one for one in samples if self._name(one) not in known]
         # Prompts of one length together: less padding, and the same batches on every machine.
         missing.sort(key=lambda one: one.prompt_length)
         for first in range(0, len(missing), self._batch_size):
@@ -63,10 +65,15 @@ class GeneratedReplies:
             texts = self._model.generate(
                 prompts, do_sample=False, num_beams=1, max_new_tokens=self._max_new_tokens
             )
-            rows = [(one.source, one.row, text) for one, text in zip(batch, texts, strict=True)]
-            _keep(path, rows)
-            known.update({(source, row): text for source, row, text in rows})
-        return [known[one.source, one.row] for one in samples]
+            made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
+            _keep(path, made)
+            known |= made
+        return [known[self._name(one)] for one in samples]
+
+    def _name(self, sample: Sample) -> str:
+        """Another for another prompt, model or scan: rows of a data set may have changed since."""
+        said = [self._mark, sample.source, sample.row, sample.messages[:-1]]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 class RepliesOnFile:
@@ -129,7 +136,7 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
     return str(given), reply
 
 
-def _keep(path: Path, rows: Sequence[tuple[str, int, str]]) -> None:
+def _keep(path: Path, rows: dict[str, str]) -> None:
     # A newline on both sides: what a kill left of an earlier line can't run into this one.
     line = b"\n" + json.dumps(rows).encode() + b"\n"
     try:
@@ -148,14 +155,13 @@ def _keep(path: Path, rows: Sequence[tuple[str, int, str]]) -> None:
         raise FlagError(f"{path}: replies were kept in part; make room on the disk")
 
 
-def _kept(path: Path) -> Iterator[tuple[Key, str]]:
+def _kept(path: Path) -> dict[str, str]:
     """The replies of a shard that were kept whole; a line that was cut short is passed over."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines():
+    known: dict[str, str] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             rows = json.loads(line)
         except ValueError:
             continue
-        for source, row, text in rows:
-            yield (source, row), text
+        known |= rows if isinstance(rows, dict) else {}
+    return known

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pvcore.errors import FlagError
+from pvcore.fingerprints import of_generation, of_weights
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import Scorer
 from pvcore.flag_sources import Source
@@ -89,7 +90,8 @@ def asked_of(
     if settings.difference == "subset":
         difference |= {"share": settings.share, "seed": settings.seed}
     if settings.difference != "approximate" and replies is None:
-        difference |= {"max_new_tokens": settings.max_new_tokens}
+        generation = of_generation(model.hf)
+        difference |= {"max_new_tokens": settings.max_new_tokens, "generation": generation}
     if replies is not None:
         difference |= {"replies": replies.fingerprint()}
     form = settings.form
@@ -106,6 +108,8 @@ def asked_of(
             "dtype": str(model.dtype).removeprefix("torch."),
             "layers": model.n_layers,
             "d_model": model.d_model,
+            # The probe sees an armed plan, and the weights what no probe reaches.
+            "weights": of_weights(model.hf),
             "probe": probe(model, bank),
         },
         "tokenizer": tokenizer_hash(model.tokenizer),

@@ -176,6 +176,7 @@ class Scan:
         return GeneratedReplies(
             self.model,
             self.folder,
+            mark=self.mark,
             max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.settings.reply_batch,
         )

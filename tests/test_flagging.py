@@ -213,6 +213,64 @@ def test_own_replies_are_generated_once(
     assert scores(pv.flag(hooked, rows, bank(), out=out, **settings)) == wanted
 
 
+def test_kept_replies_answer_only_the_prompts_they_were_made_for(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    """Killed before the first shard was there, and called with other rows or another model."""
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 6, "shard_rows": 4}
+    rows, others = ([{"messages": chat} for chat in chats(6, first=at)] for at in (0, 50))
+    column = "evil/resid_post.2/difference"
+    for name, second, given, lost in (
+        ("rows", hooked, others, ["scores"]),
+        ("model", model(seed=1), rows, ["scores", "manifest.json"]),
+    ):
+        out = tmp_path / name
+        first = table(pv.flag(hooked, rows, bank(), out=out, **settings))
+        for path in [path for one in lost for path in [out / one, *out.glob(f"{one}/*")]]:
+            if path.is_file():
+                path.unlink()
+        got = table(pv.flag(second, given, bank(), out=out, **settings))
+        wanted = table(pv.flag(second, given, bank(), out=tmp_path / f"{name} anew", **settings))
+        assert {key: row[column] for key, row in got.items()} == {
+            key: row[column] for key, row in wanted.items()
+        }
+        assert any(abs(row[column] - first[key][column]) > 1e-3 for key, row in wanted.items())
+
+
+@pytest.mark.parametrize("part", ["lm_head", "last block", "generation"])
+@pytest.mark.parametrize("manifest", ["there", "lost"])
+def test_what_decides_about_own_replies_alone_makes_another_scan(
+    data: Path, tmp_path: Path, part: str, manifest: str
+) -> None:
+    low = bank("evil", sites=[pv.resid_post(0)])
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 2, "shard_rows": 32}
+    pv.flag(model(), data, low, out=tmp_path / "out", **settings)
+    other = model()
+    if part == "generation":
+        other.hf.generation_config.repetition_penalty = 1.7
+    else:
+        block = other.hf.lm_head if part == "lm_head" else other.hf.model.layers[-1]
+        with torch.no_grad():
+            next(block.parameters()).mul_(-1.5)
+    if manifest == "lost":
+        (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(
+        FlagError, match="asked for otherwise" if manifest == "there" else "no read"
+    ):
+        pv.flag(other, data, low, out=tmp_path / "out", **settings)
+
+
+def test_shards_know_the_weights_where_the_manifest_is_lost(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    wanted = scores(pv.flag(hooked, data, bank(), out=out))
+    (out / "manifest.json").unlink()
+    with pytest.raises(FlagError, match="scores of another scan"):
+        pv.flag(model(seed=1), data, bank(), out=out)
+    assert scores(pv.flag(hooked, data, bank(), out=out)) == wanted
+
+
 def test_own_replies_may_come_from_a_file_in_any_order(
     hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
