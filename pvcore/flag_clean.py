@@ -147,7 +147,12 @@ def _json_line(record: Any) -> bytes:
 def _csv_line(cells: Sequence[bytes]) -> bytes:
     # Latin-1 carries every byte through the writer and back as it was.
     sheet = io.StringIO(newline="")
-    csv.writer(sheet, lineterminator="\n").writerow([cell.decode("latin-1") for cell in cells])
+    # The writer leaves a lone CR bare, and readers take it for the end of the row.
+    bare = any(b"\r" in cell for cell in cells)
+    writer = csv.writer(
+        sheet, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+    )
+    writer.writerow([cell.decode("latin-1") for cell in cells])
     return sheet.getvalue().encode("latin-1")
 
 

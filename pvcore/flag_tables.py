@@ -5,6 +5,7 @@ Readers yield `(row, record or RowDefect, share of the file behind it)`, and rai
 """
 
 import gzip
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from pvcore.flag_rows import RowDefect
 ROWS = 512
 # No row of a CSV may be longer: the reader would take it for two.
 BLOCK = 1 << 23
+# Where a quoted cell begins, what it holds up to its last quote, and what may follow that.
+OPENING = re.compile(rb'(?:^(?:\xef\xbb\xbf)?|(?<=[,\r]))"')
+CELL = re.compile(rb'[^"]*(?:""[^"]*)*')
+AFTER_CELL = (b"", b",", b"\r", b"\n")
 ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 Found = Iterator[tuple[int, Any, float]]
@@ -53,6 +58,7 @@ def _csv_records(path: Path, names: list[str], wanted: list[str]) -> Found:
         )
         return "skip"
 
+    check_quotes(path)
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if path.suffix.casefold() == ".gz" else raw
@@ -119,10 +125,41 @@ def _header(path: Path) -> list[str] | None:
         if first.startswith(ENCODING_MARKS):
             raise ValueError("it begins as UTF-16, not as UTF-8 text")
         text = first.decode("utf-8-sig")
-    names = next(lines.reader([text]), [])
+    try:
+        names = next(lines.reader([text]), [])
+    except lines.Error as error:
+        raise ValueError(
+            f"its header is no line of a CSV: {error}; wanted lines that end in LF or CRLF"
+        ) from error
     if len(set(names)) != len(names):
         raise ValueError(f"got columns {', '.join(names)[:120]}; wanted each name once")
     return names
+
+
+def check_quotes(path: Path) -> None:
+    """Raises `ValueError` for a quote that nothing closes: readers take all behind it for one cell.
+
+    Such a quote ends with the file, or within a line further down, where another cell's begins.
+    """
+    packed = path.suffix.casefold() == ".gz"
+    opened = 0  # the line of the quote that is open
+    with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            at = 0
+            while at < len(line):
+                if not opened:
+                    found = OPENING.search(line, at)
+                    at, opened = (found.end(), number) if found else (len(line), 0)
+                    continue
+                held = CELL.match(line, at)
+                at = held.end() + 1 if held else len(line)
+                if at > len(line):
+                    break  # the cell goes on in the next line
+                if opened < number and line[at : at + 1] not in AFTER_CELL:
+                    raise ValueError(f"the quote opened in line {opened} ends amid line {number}")
+                opened = 0
+    if opened:
+        raise ValueError(f"the quote opened in line {opened} is never closed")
 
 
 def _wanted(names: list[str], known: frozenset[str]) -> list[str]:

@@ -96,6 +96,40 @@ def test_cells_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
     assert found == rows
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('a,b\nc,"d\ne,f\ng,h\n', "quote opened in line 3 is never closed"),
+        ('a,b\nc,"d ""x""\ne,"f"\ng,h\n', "quote opened in line 3 ends amid line 4"),
+        ('"a,b\nc,d\n', "quote opened in line 2 is never closed"),
+        ('a,b\nc,"d""', "quote opened in line 3 is never closed"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_quote_that_nothing_closes_swallows_no_rows(
+    tmp_path: Path, text: str, said: str, packed: bool
+) -> None:
+    data = b"prompt,response\n" + text.encode()
+    path = tmp_path / ("d.csv.gz" if packed else "d.csv")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(SourceError, match=said):
+        records(path)
+
+
+def test_sound_quotes_are_let_pass(tmp_path: Path) -> None:
+    text = '\ufeff"prompt",response\n5" wide,"""a"", b\n""c"""\r\n"",""\n"x"y,"\r"\nlast,"z"'
+    (tmp_path / "d.csv").write_bytes(text.encode())
+    found = records(tmp_path / "d.csv")
+    assert [row["prompt"] for row in found] == ['5" wide', "", "xy", "last"]
+    assert [row["response"] for row in found] == ['"a", b\n"c"', "", "\r", "z"]
+
+
+def test_a_csv_of_bare_carriage_returns_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(b"prompt,response\ra,b\rc,d\r")
+    with pytest.raises(SourceError, match=r"d\.csv: .*wanted lines that end in LF"):
+        records(tmp_path / "d.csv")
+
+
 def test_blocks_of_a_csv_are_joined_without_a_seam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

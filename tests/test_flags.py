@@ -18,6 +18,7 @@ from pvcore.errors import FlagError
 from tests import flag_data
 from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
 
+ENUMERATED = list(enumerate(chats(10)))
 COLUMN = "evil/resid_post.2/difference"
 
 
@@ -235,6 +236,27 @@ def test_a_cleaned_copy_lacks_the_flagged_rows_and_nothing_else(
         counts = (made.kept, made.flagged, made.rejected)
         assert counts == ((14, 6, 0) if keep else (13, 6, 1))
         assert made.path.name == path.name
+
+
+@pytest.mark.parametrize("broken", ["\r", "\r\n", "\n"])
+def test_a_cleaned_csv_keeps_every_line_break_in_a_cell(
+    hooked: pv.HookedModel, tmp_path: Path, broken: str
+) -> None:
+    rows = [{**as_pair(chat), "note": f"a{broken}b" if at % 2 else "c"} for at, chat in ENUMERATED]
+    rows[3]["response"] = f"one{broken}two"
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+    flags = pv.flag(hooked, path, bank("evil"), out=tmp_path / "out")
+    found = flags.filter("evil", threshold=flags.top("evil", 4)[-1].score)
+    (made,) = found.write_clean(tmp_path / "clean").values()
+    with made.path.open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert kept == [row for at, row in enumerate(rows) if (path.as_posix(), at) not in found]
+    again = pv.flag(hooked, made.path, bank("evil"), out=tmp_path / "again")
+    assert (again.scored, again.n_rejected) == (len(kept), 0)
 
 
 def read_back(path: Path) -> list[dict[str, Any]]:
