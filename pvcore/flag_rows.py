@@ -1,5 +1,6 @@
 """Rows of training data: which of the field's forms a row has, and the conversation it holds."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -136,6 +137,14 @@ def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
 
 
 def _from_list(value: object, name: str) -> list[Message]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # A table's cell can hold a list only as text.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowDefect(
+                name, f"got {_shown(value)}, which is no JSON; wanted a list of messages"
+            ) from None
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise RowDefect(name, f"got {_shown(value)}; wanted a list of messages")
     if not value:

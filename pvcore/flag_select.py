@@ -129,6 +129,7 @@ def threshold_of(
     percentile: Number,
     clean: Scanned | None,
     vector: PersonaVector | None,
+    flags: Scanned,
 ) -> float:
     """The threshold given, or a percentile of clean data or of the vector's calibration."""
     if threshold is not None:
@@ -138,6 +139,7 @@ def threshold_of(
     if not 0 < percentile < 100:
         raise FlagError(f"got percentile {percentile}; wanted one between 0 and 100")
     if clean is not None:
+        check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)
     _, site, score = column.rsplit("/", 2)
     held = {} if vector is None else vector.calibration.get(site, {})
@@ -151,11 +153,39 @@ def threshold_of(
     return float(found)
 
 
-def _percentile_of(clean: Scanned, column: str, percentile: Number) -> float:
+def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
+    """Raises `FlagError` for a clean scan whose column is measured in another way."""
     if column not in clean.columns:
         raise FlagError(
             f"got a clean scan without {column}; wanted one with the same vectors and sites"
         )
+    trait, _, score = column.rsplit("/", 2)
+    ours, theirs = (_measure(one.manifest["asked"], trait, score) for one in (flags, clean))
+    if differing := [what for what in ours if ours[what] != theirs.get(what)]:
+        what = differing[0]
+        raise FlagError(
+            f"got a clean scan scored otherwise: its {what} is {theirs.get(what)!r}, and this "
+            f"scan's {ours[what]!r}. Flag the clean data as this was flagged"
+        )
+
+
+def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]:
+    """What a score means: which vector, which model, and which difference."""
+    model = asked["model"]
+    found = {
+        "vector": asked["bank"]["vectors"].get(trait),
+        "dtype": model["dtype"],
+        "model": model.get("weights"),
+        "tokenizer": asked["tokenizer"],
+    }
+    if score == "difference":
+        # A subset has the exact difference, for some of the rows.
+        exact = asked["difference"]["kind"] != "approximate"
+        found["difference"] = "exact" if exact else "approximate"
+    return found
+
+
+def _percentile_of(clean: Scanned, column: str, percentile: Number) -> float:
     parts = [values[:, 0] for _, values in clean.values([column])]
     known = np.concatenate(parts) if parts else np.empty(0)
     known = known[~np.isnan(known)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import RowDefect
+from pvcore.flag_rows import KEYS, RowDefect
 from pvcore.flag_tables import csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
@@ -83,6 +83,11 @@ class Source:
                     f"{self.name}: reading it raised {type(error).__name__}: {_brief(error)}; "
                     "wanted an iterable of mappings. Mend it, or leave it out"
                 ) from error
+            if row == 0 and isinstance(record, str | PathLike | list | tuple):
+                raise SourceError(
+                    f"{self.name}: got a {type(self.held).__name__} of {type(record).__name__}; "
+                    "wanted mappings, or a list where paths or data sets are meant"
+                )
             yield RawRow(row, record, (row + 1) / size if size else float("nan"))
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -138,6 +143,14 @@ def resolve(sources: Sources) -> list[Source]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SourceError(f"got {', '.join(twice)} twice; wanted each source once")
+    named: dict[Path, str] = {}
+    for source in found:
+        if source.path is not None:
+            other = named.setdefault(source.path.resolve(), source.name)
+            if other != source.name:
+                raise SourceError(
+                    f"got {other} and {source.name}, which are one file; wanted each source once"
+                )
     return found
 
 
@@ -153,11 +166,30 @@ def _resolved(sources: Any, name: str) -> Iterator[Source]:
         for place, value in enumerate(sources):
             yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "")
     elif _is_rows(sources):
+        _check_rows(sources)
         yield Source(name=name or "rows", kind="rows", held=sources)
     else:
         raise SourceError(
             f"got {type(sources).__name__} as a source; wanted a path, a glob, an iterable of "
             "mappings (such as a datasets.Dataset), a mapping of names to these, or a list"
+        )
+
+
+def _check_rows(value: Any) -> None:
+    """Refuse what can be iterated and yields no rows, before each of its entries is rejected."""
+    kind = type(value).__name__
+    if isinstance(value, set | frozenset):
+        raise SourceError(f"got a {kind} as a source, which has no order; wanted a list")
+    if hasattr(value, "iterrows"):
+        raise SourceError(
+            f"got a {kind} as a source, which yields its columns' names; wanted mappings: give "
+            "frame.to_dict('records')"
+        )
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    if isinstance(first, Mapping) and any(set(pair) <= set(first) for pair in KEYS):
+        raise SourceError(
+            f"got a {kind} of messages as a source; wanted rows that hold conversations: give "
+            "[{'messages': chat}, ...]"
         )
 
 

@@ -209,13 +209,13 @@ class Flags(Scanned):
     ) -> Selection:
         """The rows above a threshold: yours, or a percentile of clean data (paper, appendix K).
 
-        `clean` is the scan of data without the trait, scored as this one was. Without it and
+        `clean` is the scan of data without the trait; one that was scored otherwise is refused. Without it and
         without a threshold the percentile is that of the vector's own calibration.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either.
         """
         column = self.column(trait, site=site, score=score)
         vector = self._bank[trait] if self._bank is not None else None
-        bound = threshold_of(column, threshold, percentile, clean, vector)
+        bound = threshold_of(column, threshold, percentile, clean, vector, self)
         chosen = Chosen(
             column=column,
             threshold=bound,

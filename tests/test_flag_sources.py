@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from pvcore import flag_sources, flag_tables
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KNOWN, RowDefect
+from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
 from pvcore.flag_sources import decode, resolve
 from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl
 
@@ -66,6 +68,48 @@ def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
     with pytest.raises(SourceError, match="twice"):
         resolve([path, str(tmp_path / "*.jsonl")])
+
+
+@pytest.mark.parametrize("other", ["absolute", "through a folder", "link"])
+def test_a_file_under_two_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_jsonl(Path("a.jsonl"), PAIRS)
+    Path("folder").mkdir()
+    Path("b.jsonl").symlink_to("a.jsonl")
+    names = {"absolute": tmp_path / "a.jsonl", "link": "b.jsonl"}
+    again = names.get(other, "folder/../a.jsonl")
+    with pytest.raises(SourceError, match=r"got a\.jsonl and .*which are one file"):
+        resolve([path, again])
+    with pytest.raises(SourceError, match="got one and two, which are one file"):
+        resolve({"one": path, "two": again})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: (Path(name) for name in ("a.jsonl", "b.jsonl")), "generator of PosixPath"),
+        (lambda: iter(["a.jsonl"]), "list_iterator of str"),
+        (lambda: {"a.jsonl", "b.jsonl"}, "got a set as a source"),
+        (lambda: pandas.DataFrame(PAIRS), "got a DataFrame as a source"),
+        (lambda: {"messages": chats(1)[0]}, "got a list of messages"),
+        (lambda: chats(3), "got a list of messages"),
+        (lambda: iter(chats(3)), "list_iterator of list"),
+        (lambda: chats(1)[0], "got a list of messages"),
+    ],
+)
+def test_what_holds_no_rows_is_refused_by_its_type(make: Any, said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        records(make())
+
+
+def test_a_cell_may_hold_messages_as_json(tmp_path: Path) -> None:
+    rows = [{"messages": json.dumps(chat)} for chat in chats(5)] + [{"messages": "[{"}]
+    *sound, broken = records(write_csv(tmp_path / "d.csv", rows))
+    assert [conversation(record, Form()) for record in sound] == chats(5)
+    with pytest.raises(RowDefect, match="no JSON; wanted a list of messages"):
+        conversation(broken, Form())
 
 
 def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:

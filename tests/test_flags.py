@@ -170,6 +170,26 @@ def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
         assert found.unjudged == 4
 
 
+def test_a_clean_scan_must_be_scored_alike(
+    flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(6, first=100)]
+    other = pv.VectorBank([replace(bank()["evil"], directions=bank()["humor"].directions)])
+    for name, subject, stacked, settings, said in (
+        ("exact", hooked, bank(), {"difference": "exact", "max_new_tokens": 2}, "difference is"),
+        ("vector", hooked, other, {}, "vector is"),
+        ("sites", hooked, bank(sites=flag_data.SITES[:2]), {}, "without evil"),
+        ("model", model(seed=1), bank(), {}, "model is"),
+    ):
+        clean = pv.flag(subject, rows, stacked, out=tmp_path / name, **settings)  # type: ignore[arg-type]
+        with pytest.raises(FlagError, match=f"got a clean scan .*{said}"):
+            flags.filter("evil", clean=clean)
+        if name == "exact":  # which changes no mean over a reply
+            assert flags.filter("evil", clean=clean, score="response_mean").scored == 50
+    alike = pv.flag(hooked, rows, bank(), out=tmp_path / "alike")
+    assert flags.filter("evil", clean=alike).scored == 50
+
+
 @pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
 def test_a_lost_shard_is_named(hooked: pv.HookedModel, tmp_path: Path, loss: str) -> None:
     rows = [{"messages": chat} for chat in chats(12)]
