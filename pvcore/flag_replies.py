@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +23,13 @@ from pvcore.flag_tokens import Sample
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
 
+# A model's generation config may bend greedy replies too.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 
 
@@ -62,9 +69,7 @@ class GeneratedReplies:
         for first in range(0, len(missing), self._batch_size):
             batch = missing[first : first + self._batch_size]
             prompts = [one.messages[:-1] for one in batch]
-            texts = self._model.generate(
-                prompts, do_sample=False, num_beams=1, max_new_tokens=self._max_new_tokens
-            )
+            texts = self._model.generate(prompts, **GREEDY, max_new_tokens=self._max_new_tokens)
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
             _keep(path, made)
             known |= made
@@ -77,9 +82,10 @@ class GeneratedReplies:
 
 
 class RepliesOnFile:
-    """Replies that another engine wrote, found by id, or by source and row where there is no id.
+    """Replies that another engine wrote: by source and row where they have these, else by id.
 
-    They are indexed in a file beside, so that memory stays the same however many there are.
+    An id that several rows of the data have is refused. Replies are indexed in a file beside, so
+    that memory stays the same however many there are.
     """
 
     def __init__(self, source: Source) -> None:
@@ -87,6 +93,7 @@ class RepliesOnFile:
         os.close(handle)
         self._index = sqlite3.connect(self._path, check_same_thread=False)
         self._index.execute("CREATE TABLE replies (name TEXT PRIMARY KEY, reply TEXT)")
+        self._index.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT)")
         known = frozenset((*IDS, *REPLY_NAMES, "source", "row"))
         with self._index:
             for raw in source.rows(known):
@@ -103,15 +110,33 @@ class RepliesOnFile:
             ) from None
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
-        found: list[str | None] = []
-        for one in samples:
-            names = (one.id, f"{one.source}:{one.row}")
-            rows = (
-                self._index.execute("SELECT reply FROM replies WHERE name = ?", (name,)).fetchone()
-                for name in names
-            )
-            found.append(next((row[0] for row in rows if row is not None), None))
-        return found
+        return [self._found(one) for one in samples]
+
+    def seen(self, rows: Iterable[tuple[str, str, int]]) -> None:
+        """Rows of the data as `(id, source, row)`; `FlagError` where a reply is two rows'."""
+        for name, source, row in rows:
+            place = f"{source}:{row}"
+            self._index.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, place))
+            (first,) = self._index.execute("SELECT place FROM ids WHERE id = ?", (name,)).fetchone()
+            if first != place and self._reply("id", name) is not None:
+                raise FlagError(
+                    f"got a reply for the id {name!r}, which {first} and {place} both have; wanted "
+                    "replies with `source` and `row`"
+                )
+
+    def _found(self, sample: Sample) -> str | None:
+        place = f"{sample.source}:{sample.row}"
+        by_place = self._reply("place", place)
+        if by_place is not None:
+            return by_place
+        self.seen([(sample.id, sample.source, sample.row)])
+        return self._reply("id", sample.id)
+
+    def _reply(self, kind: str, name: str) -> str | None:
+        found = self._index.execute(
+            "SELECT reply FROM replies WHERE name = ?", (f"{kind} {name}",)
+        ).fetchone()
+        return None if found is None else str(found[0])
 
     def close(self) -> None:
         self._index.close()
@@ -125,15 +150,15 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
         raise SourceError(f"{source.name}: row {row}: {defect}") from None
     record = record if isinstance(record, dict) else {}
     reply = next((record[name] for name in REPLY_NAMES if record.get(name) is not None), None)
+    source_name, at = record.get("source"), record.get("row")
     given = next((record[name] for name in IDS if record.get(name) is not None), None)
-    if given is None and record.get("source") is not None and record.get("row") is not None:
-        given = f"{record['source']}:{record['row']}"
-    if not isinstance(reply, str) or not isinstance(given, str | int):
+    by_place = source_name is not None and at is not None
+    if not isinstance(reply, str) or not (by_place or isinstance(given, str | int)):
         raise SourceError(
             f"{source.name}: row {row}: got no reply with an id; wanted `reply` and `id`, or "
             "`reply`, `source` and `row`"
         )
-    return str(given), reply
+    return f"place {source_name}:{at}" if by_place else f"id {given}", reply
 
 
 def _keep(path: Path, rows: dict[str, str]) -> None:

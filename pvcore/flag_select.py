@@ -16,7 +16,7 @@ from pvcore.numerals import Number
 from pvcore.vectors import PersonaVector
 
 Combination = Literal["any", "all"]
-JudgeScores = Mapping[str, Number | None]
+JudgeScores = Mapping[str, Number | None] | Mapping[int, Number | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +94,31 @@ class Selection:
         )
 
 
+class _Judge:
+    """A judge's scores by id, NaN where there is none; each id is one row's."""
+
+    def __init__(self, scores: JudgeScores) -> None:
+        self._scores = {str(name): score for name, score in scores.items()}
+        self._met: set[str] = set()
+
+    def scores(self, names: Iterable[str]) -> NDArray[np.float64]:
+        found: list[float] = []
+        for name in names:
+            score = self._scores.get(name)
+            if name in self._scores and name in self._met:
+                raise FlagError(
+                    f"got a judge's score for the id {name!r}, which several rows have; wanted ids "
+                    "that differ, or judge each source alone"
+                )
+            self._met.add(name)
+            found.append(float("nan") if score is None else float(score))
+        return np.array(found, dtype=np.float64)
+
+
 def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
     """The rows of the tables that a rule flags."""
     found: dict[str, list[NDArray[np.int64]]] = {}
+    judge = None if rule.judge is None else _Judge(rule.judge)
     scored = unjudged = 0
     for table in tables:
         values = table[rule.column].to_numpy(zero_copy_only=False).astype(np.float64)
@@ -106,10 +128,9 @@ def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
                 "score='response_mean', or flag with difference='exact' or 'approximate'"
             )
         high = values > rule.threshold
-        if rule.judge is not None and rule.judge_threshold is not None:
-            judged = [rule.judge.get(name) for name in table["id"].to_pylist()]
-            known = np.array([score is not None for score in judged], dtype=bool)
-            scores = np.array([np.nan if s is None else s for s in judged], dtype=np.float64)
+        if judge is not None and rule.judge_threshold is not None:
+            scores = judge.scores(table["id"].to_pylist())
+            known = ~np.isnan(scores)
             unjudged += int((~known).sum())
             called = scores > rule.judge_threshold
             both = high & called if rule.combine == "all" else high | called

@@ -122,6 +122,15 @@ def footers(folder: Path) -> Iterator[Footer]:
             yield found
 
 
+def names(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Id, source and row of every row in a whole shard."""
+    import pyarrow.parquet as pq
+
+    for footer in footers(folder):
+        table = pq.read_table(scores_path(folder, footer.shard), columns=["id", "source", "row"])
+        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
+
+
 def tables(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
     """The scored rows of a finished scan, shard by shard, as pyarrow tables."""
     yield from _tables(folder / SCORES, columns)

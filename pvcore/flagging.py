@@ -31,6 +31,7 @@ from pvcore.flag_shards import (
     Shard,
     footer_of,
     footers,
+    names,
     prepare,
     score_columns,
     write_shard,
@@ -172,6 +173,7 @@ class Scan:
         if self.replies is not None:
             on_file = RepliesOnFile(self.replies)
             stack.callback(on_file.close)
+            on_file.seen(names(self.folder))
             return on_file
         return GeneratedReplies(
             self.model,

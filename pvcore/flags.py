@@ -209,9 +209,11 @@ class Flags(Scanned):
     ) -> Selection:
         """The rows above a threshold: yours, or a percentile of clean data (paper, appendix K).
 
-        `clean` is the scan of data without the trait; one that was scored otherwise is refused. Without it and
-        without a threshold the percentile is that of the vector's own calibration.
-        `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either.
+        `clean` is the scan of data without the trait; one that was scored otherwise is
+        refused. Without it and without a threshold the percentile is that of the vector's own
+        calibration.
+        `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
+        id that several rows have is refused.
         """
         column = self.column(trait, site=site, score=score)
         vector = self._bank[trait] if self._bank is not None else None

@@ -271,6 +271,19 @@ def test_shards_know_the_weights_where_the_manifest_is_lost(
     assert scores(pv.flag(hooked, data, bank(), out=out)) == wanted
 
 
+def test_own_replies_are_greedy_whatever_the_generation_config_says(tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in ROWS[:6]]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 8}
+    wanted = scores(pv.flag(model(), rows, bank(), out=tmp_path / "plain", **settings))
+    bent = model()
+    bent.hf.generation_config.repetition_penalty = 9.0
+    bent.hf.generation_config.no_repeat_ngram_size = 1
+    prompts = [chat[:-1] for chat in ROWS[:6]]
+    told = {"do_sample": False, "max_new_tokens": 8}
+    assert bent.generate(prompts, **told) != model().generate(prompts, **told)
+    assert scores(pv.flag(bent, rows, bank(), out=tmp_path / "bent", **settings)) == wanted
+
+
 def test_own_replies_may_come_from_a_file_in_any_order(
     hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
@@ -294,6 +307,24 @@ def test_own_replies_may_come_from_a_file_in_any_order(
         unit = bank()["evil"].unit().direction(pv.resid_post(1))
         wanted = row["evil/resid_post.1/response_mean"] - float(mean.float() @ unit)
         assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_path: Path) -> None:
+    rows = [{"id": "same", "messages": chat} for chat in ROWS[:6]]
+    own = [{"id": "same", "source": "rows", "row": at, "reply": f"own {at}"} for at in range(6)]
+    settings: dict[str, Any] = {"difference": "exact", "shard_rows": 2}
+    placed = write_jsonl(tmp_path / "placed.jsonl", own)
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "placed", replies=placed, **settings)
+    bare = [{"source": "rows", "row": at, "reply": f"own {at}"} for at in range(6)]
+    plain = write_jsonl(tmp_path / "plain.jsonl", bare)
+    wanted = pv.flag(hooked, rows, bank(), out=tmp_path / "plain", replies=plain, **settings)
+    assert scores(flags) == scores(wanted)
+    assert flags.scored == 6
+    named = write_jsonl(tmp_path / "named.jsonl", [{"id": "same", "reply": "whose?"}])
+    rows[1] = rows[3] = {"messages": ROWS[1]}
+    for _ in range(3):  # what was done before the stop is known when it is called again
+        with pytest.raises(FlagError, match="reply for the id 'same', which rows:0 and rows:2"):
+            pv.flag(hooked, rows, bank(), out=tmp_path / "named", replies=named, **settings)
 
 
 def test_a_subset_has_the_exact_difference_and_an_interval(

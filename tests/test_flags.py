@@ -170,6 +170,22 @@ def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
         assert found.unjudged == 4
 
 
+def test_a_judge_names_rows_by_number_too_and_nan_is_no_score(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"id": 10 + at, "messages": chat} for at, chat in ENUMERATED]
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "out", shard_rows=4)
+    judged = {10: 90.0, 11: 10.0, 12: float("nan")}
+    found = flags.filter("evil", threshold=1e9, judge=judged, judge_threshold=50)
+    assert [row for row in range(10) if ("rows", row) in found] == [0]
+    assert found.unjudged == 8
+    rows[9]["id"] = 10
+    twice = pv.flag(hooked, rows, bank(), out=tmp_path / "twice", shard_rows=4)
+    with pytest.raises(FlagError, match="id '10', which several rows have"):
+        twice.filter("evil", threshold=0.0, judge=judged, judge_threshold=50)
+    assert twice.filter("evil", threshold=0.0, judge={"11": 3}, judge_threshold=50).unjudged == 9
+
+
 def test_a_clean_scan_must_be_scored_alike(
     flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
