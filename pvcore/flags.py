@@ -41,7 +41,7 @@ class Flags(Scanned):
     """A finished scan, read from its folder in bounded memory.
 
     `site` and `score` are what `top` and `filter` look at unless told otherwise: the deepest site
-    of the bank, and the projection difference.
+    of the bank, and the projection difference (`filter` by a calibration: the mean over the reply).
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Flags(Scanned):
         percentile: Number = 95,
         clean: "Flags | None" = None,
         site: Site | None = None,
-        score: Score | str = "difference",
+        score: Score | str | None = None,
         judge: JudgeScores | None = None,
         judge_threshold: Number | None = None,
         combine: Combination | str = "any",
@@ -211,10 +211,14 @@ class Flags(Scanned):
 
         `clean` is the scan of data without the trait; one that was scored otherwise is
         refused. Without it and without a threshold the percentile is that of the vector's own
-        calibration.
+        calibration. `score` is the difference unless told otherwise; of a calibration, which knows
+        no difference, the `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
         id that several rows have is refused.
         """
+        if score is None:
+            calibrated = threshold is None and clean is None
+            score = "response_mean" if calibrated else "difference"
         column = self.column(trait, site=site, score=score)
         vector = self._bank[trait] if self._bank is not None else None
         bound = threshold_of(column, threshold, percentile, clean, vector, self)

@@ -137,9 +137,12 @@ def test_a_threshold_may_be_given_or_calibrated(flags: pv.Flags, hooked: pv.Hook
     calibrated = pv.VectorBank([evil, bank()["humor"]])
     loaded = pv.Flags.load(flags.folder, bank=calibrated)
     assert loaded.filter("evil", score="response_mean").n_flagged == 3
+    assert loaded.filter("evil").rules == loaded.filter("evil", score="response_mean").rules
     assert flags.filter("evil", threshold=values[10], score="response_mean").n_flagged == 39
     with pytest.raises(FlagError, match=r"got no threshold for evil/resid_post\.2/difference"):
-        loaded.filter("evil")
+        loaded.filter("evil", score="difference")
+    with pytest.raises(FlagError, match=r"got no threshold for evil/resid_post\.2/response_mean"):
+        flags.filter("evil")
     for given, said in (
         ({"threshold": float("nan")}, "finite"),
         ({"percentile": 100}, "between 0 and 100"),
@@ -148,6 +151,18 @@ def test_a_threshold_may_be_given_or_calibrated(flags: pv.Flags, hooked: pv.Hook
     ):
         with pytest.raises(FlagError, match=said):
             flags.filter("evil", **given)  # type: ignore[arg-type]
+
+
+def test_a_vector_calibrated_on_chats_needs_no_threshold(
+    flags: pv.Flags, hooked: pv.HookedModel
+) -> None:
+    calibrated = pv.calibrate(hooked, bank(), chats(30)).vectors()
+    loaded = pv.Flags.load(flags.folder, bank=calibrated)
+    column = "evil/resid_post.2/response_mean"
+    (rule,) = loaded.filter("evil").rules
+    assert rule.column == column
+    values = [row[column] for row in table(flags).values()]
+    assert rule.threshold == pytest.approx(np.percentile(values[:30], 95), rel=1e-4)
 
 
 def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
