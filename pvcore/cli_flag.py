@@ -75,6 +75,8 @@ def flag(
     """Score conversations on persona vectors: means by source, the highest rows, a cleaned copy."""
     options = dict(locals())
     require_places(report)
+    if top < 0:
+        raise PvcoreError(f"got --top {top}; wanted 0 or more")
     bounds = _thresholds(threshold, clean)
     found = _scanned(options)
     document = _document(found, top)

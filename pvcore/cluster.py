@@ -35,7 +35,7 @@ from pvcore.flag_shards import (
 )
 from pvcore.flag_sources import RawRow, Source, Sources, resolve
 from pvcore.flag_tokens import Sample
-from pvcore.flagging import Scan
+from pvcore.flagging import NOT_FINITE, Scan
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
 from pvcore.vectors import PersonaVector, VectorBank
@@ -293,5 +293,8 @@ class RowScorer:
         for one in found:
             if not isinstance(one, Sample):
                 reasons[one.row] = f"{one.field}: {one.reason}" if one.field else one.reason
+            elif not np.isfinite(table[one.row]).all():
+                table[one.row] = np.nan
+                reasons[one.row] = NOT_FINITE
         by_column = {name: table[:, at].tolist() for at, name in enumerate(columns)}
         return {**by_column, "flag_reason": reasons}

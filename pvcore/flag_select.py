@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,6 +37,8 @@ class Chosen:
             raise FlagError(
                 "got a judge's scores or a judge_threshold, and not the other; wanted both"
             )
+        if not isinstance(self.judge_threshold, Real | None):
+            raise FlagError(f"got judge_threshold {self.judge_threshold!r}; wanted a number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,8 @@ class _Judge:
                     f"got a judge's score for the id {name!r}, which several rows have; wanted ids "
                     "that differ, or judge each source alone"
                 )
+            if not isinstance(score, Real | None):
+                raise FlagError(f"got a judge's score {score!r} for {name!r}; wanted a number")
             self._met.add(name)
             found.append(float("nan") if score is None else float(score))
         return np.array(found, dtype=np.float64)
@@ -154,11 +159,11 @@ def threshold_of(
 ) -> float:
     """The threshold given, or a percentile of clean data or of the vector's calibration."""
     if threshold is not None:
-        if not np.isfinite(threshold):
-            raise FlagError(f"got threshold {threshold}; wanted a finite number")
+        if not isinstance(threshold, Real) or not np.isfinite(threshold):
+            raise FlagError(f"got threshold {threshold!r}; wanted a finite number")
         return float(threshold)
-    if not 0 < percentile < 100:
-        raise FlagError(f"got percentile {percentile}; wanted one between 0 and 100")
+    if not isinstance(percentile, Real) or not 0 < percentile < 100:
+        raise FlagError(f"got percentile {percentile!r}; wanted one between 0 and 100")
     if clean is not None:
         check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)

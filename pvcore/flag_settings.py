@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,12 +46,14 @@ class Settings:
             raise FlagError(
                 f"got difference {self.difference!r}; wanted one of {', '.join(DIFFERENCES)}"
             )
-        if not 0 < self.share <= 1:
+        if not isinstance(self.share, Real) or not 0 < self.share <= 1:
             raise FlagError(f"got share {self.share!r}; wanted a share of the rows, above 0 to 1")
         for name in ("max_new_tokens", "reply_batch", "shard_rows", "max_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FlagError(f"got {name} {value!r}; wanted at least 1")
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise FlagError(f"got {name} {value!r}; wanted a whole number, at least 1")
+        if not isinstance(self.seed, Integral):
+            raise FlagError(f"got seed {self.seed!r}; wanted a whole number")
 
     def tokens_on(self, model: HookedModel) -> int:
         """The budget of one batch."""

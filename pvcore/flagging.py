@@ -46,6 +46,7 @@ from pvcore.vectors import PersonaVector, VectorBank
 
 # Shards read ahead, and shards that wait to be written: two each keep everybody at work.
 DEPTH = 2
+NOT_FINITE = "got an infinite or NaN projection; load the model in bfloat16 or float32"
 
 
 def flag(
@@ -299,7 +300,7 @@ def _sound(
             source=sample.source,
             row=sample.row,
             field=str(bank.sites[int(overflown[at].argmax())]),
-            reason="got an infinite or NaN projection; load the model in bfloat16 or float32",
+            reason=NOT_FINITE,
         )
     kept = [at for at in range(len(samples)) if at not in rejected]
     return [samples[at] for at in kept], scores[kept], [rejected[at] for at in sorted(rejected)]

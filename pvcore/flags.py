@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,6 +175,8 @@ class Flags(Scanned):
         lowest: bool = False,
     ) -> list[FlaggedRow]:
         """The `n` rows with the highest score (the lowest with `lowest=True`), best first."""
+        if not isinstance(n, Integral) or n < 0:
+            raise FlagError(f"got {n!r} rows to show; wanted a whole number, 0 or more")
         column = self.column(trait, site=site, score=score)
         best: list[tuple[float, int, dict[str, Any]]] = []
         sign, seen = (-1.0 if lowest else 1.0), 0

@@ -85,6 +85,7 @@ def test_mistakes_are_one_line(run: Any, data: Path, tmp_path: Path) -> None:
         ((*plain, "--clean", tmp_path / "clean", "--threshold", "evil"), "TRAIT=NUMBER"),
         (("no/such/model", *plain[1:]), "cannot be loaded"),
         ((*plain, "--layers", "7"), "resid_post.7"),
+        ((*plain, "--top", "-1"), "got --top -1; wanted 0 or more"),
     ):
         status, printed, err = run(*words)
         assert (status, printed) == (2, ""), words

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pvcore as pv
 from pvcore.cluster import Job, RowScorer, ShardScanner, count_shards, flag_on_ray
@@ -23,6 +24,7 @@ from pvcore.errors import FlagError
 from pvcore.flag_settings import Settings
 from pvcore.flag_shards import footers, prepare
 from pvcore.flag_sources import resolve
+from tests.families import tokenizer
 from tests.flag_data import as_messages, bank, chats, furthest, model, scores, table, write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,18 @@ def test_rows_are_scored_inside_a_map(data: Path, tmp_path: Path) -> None:
     reasons = [row["flag_reason"] for row in mapped]
     assert [at for at, reason in enumerate(reasons) if reason] == [4]
     assert "last turn of role 'user'" in reasons[4]
+
+
+def test_a_row_whose_projection_overflows_says_so() -> None:
+    hooked = model()
+    with torch.no_grad():  # "z" overflows wherever it comes up
+        hooked.hf.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("z")] = torch.inf
+    scorer = RowScorer(lambda: hooked, bank())
+    found = scorer({"prompt": ["a"] * 3, "answer": ["yes", "zoo", "no"]})
+    assert [bool(reason) for reason in found["flag_reason"]] == [False, True, False]
+    assert "infinite or NaN projection" in found["flag_reason"][1]
+    column = found["evil/resid_post.2/difference"]
+    assert [value == value for value in column] == [True, False, True]
 
 
 def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
     found = flags.top("evil", 5, source=name, site=site)
     assert [one.score for one in found] == wanted[:5]
     assert flags.top("evil", 0) == []
+    with pytest.raises(FlagError, match="got -1 rows to show"):
+        flags.top("evil", -1)
     assert flags.site == pv.resid_post(2)
 
 
