@@ -145,6 +145,28 @@ def test_another_configuration_is_refused_by_the_name_of_what_changed(
     assert {path.name: path.read_bytes() for path in work.iterdir()} == before
 
 
+class Fickle(Letters):
+    """Drops the pairs of one question, if it is of that mind today."""
+
+    def __init__(self, question: str) -> None:
+        self.question = question
+
+    def coherence(self, question: str, answer: str) -> float:
+        return 0.0 if question == self.question else super().coherence(question, answer)
+
+
+def test_sums_are_taken_up_for_the_replies_they_are_of_and_no_others(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = run(work, judge=Fickle(QUESTIONS[0]))
+    (work / "judgements.jsonl").unlink()
+    second = run(work, judge=Fickle(QUESTIONS[1]))
+    wanted = run(None, judge=Fickle(QUESTIONS[1]))
+    assert second.rollouts == wanted.rollouts
+    assert torch.equal(second.vector.directions, wanted.vector.directions)
+    assert not torch.allclose(first.vector.directions, wanted.vector.directions)
+    assert torch.equal(run(work, judge=Fickle("")).vector.directions, second.vector.directions)
+
+
 def test_a_run_that_was_aborted_keeps_what_was_judged(tmp_path: Path) -> None:
     work, failing = tmp_path / "work", Counting(every=3)
     with pytest.raises(JudgingAborted):
