@@ -103,7 +103,10 @@ def pairwise_filter(
 
 
 def filtered(rows: Sequence[Rollout], threshold: float | int) -> tuple[Rollout, ...]:
-    """The rollouts, positive half first, with the reason why the pairwise filter drops them."""
+    """The rollouts, positive half first, with the reason why the pairwise filter drops them.
+
+    What was dropped before stays so, whatever its scores, and its counterpart goes with it.
+    """
     positive, negative = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     kept = pairwise_filter(
         [row.trait_score for row in positive],
@@ -111,6 +114,10 @@ def filtered(rows: Sequence[Rollout], threshold: float | int) -> tuple[Rollout, 
         [row.coherence_score for row in positive],
         [row.coherence_score for row in negative],
         threshold,
+    )
+    kept = tuple(
+        keep and not (one.dropped or other.dropped)
+        for keep, one, other in zip(kept, positive, negative, strict=True)
     )
     return tuple(
         replace(row, dropped="" if keep else _reason(row, threshold))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from pvcore.extraction import extract_from
 from pvcore.formats_rollouts import RolloutRow, decode_csv, encode_csv
 from pvcore.replies import GivenReplies
 from pvcore.rollout_rows import rollouts_of, rows_of
-from tests.families import tokenizer
+from pvcore.rollouts import Rollout
+from tests.families import MAX_POSITIONS, tokenizer
 from tests.test_extraction import PROMPTS, QUESTIONS, extracted, fresh_model, run
 
 
@@ -84,3 +86,36 @@ def test_rollouts_without_a_score_are_dropped() -> None:
     result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
     assert result.reasons["not judged"] == 1
     assert isinstance(result.vector, pv.PersonaVector)
+
+
+def scored(n: int) -> Iterator[Rollout]:
+    """Rollouts that are all kept."""
+    for at in range(n):
+        yield Rollout(
+            positive=at < n // 2,
+            system_prompt="Be grim.",
+            question=f"What is {at % (n // 2)}?",
+            answer=f"{'no' * (at + 1)}.",
+            trait_score=90.0 if at < n // 2 else 10.0,
+            coherence_score=90.0,
+            dropped="",
+        )
+
+
+@pytest.mark.parametrize("answer", ["", " ", "yes" * MAX_POSITIONS])
+def test_judged_rollouts_that_cannot_be_read_stay_dropped(answer: str) -> None:
+    rollouts = list(scored(8))
+    rollouts[1] = replace(rollouts[1], answer=answer)
+    result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
+    assert result.kept == 6
+    assert result.rollouts[1].dropped == (
+        "reply too long for the model" if answer.strip() else "empty reply"
+    )
+    assert result.rollouts[5].dropped == "its counterpart was dropped"
+
+
+def test_what_an_earlier_filter_dropped_stays_dropped_under_a_lower_threshold() -> None:
+    dropped = [row.dropped for row in extracted().rollouts]
+    low = extract_from(fresh_model(), "evil", extracted().rollouts, layers=[0], threshold=10)
+    assert [row.dropped for row in low.rollouts] == dropped
+    assert "incoherent" in dropped
