@@ -39,24 +39,33 @@ class Rubrics:
     """The prompts of a judge: for coherence, for the shipped traits, and for `traits` besides."""
 
     def __init__(self, traits: Iterable[Trait] = ()) -> None:
-        self._traits: dict[str, Trait] = {}
+        self._given: dict[str, Trait] = {}
         for trait in traits:
-            if self._traits.setdefault(trait.name, trait) != trait:
+            if self._given.setdefault(trait.name, trait) != trait:
                 raise TraitError(
                     f"got two traits named {trait.name!r}; wanted each name once. Rename one"
                 )
+        self._shipped: dict[str, Trait] = {}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What tells these rubrics from others: that for coherence, and those that were given."""
+        given = (f"{name}: {self._given[name].rubric}" for name in sorted(self._given))
+        return (_COHERENCE, *given)
 
     def trait(self, name: str, question: str, answer: str) -> str:
         """The rubric of a trait about one answer; `TraitError` for a trait without one."""
-        if name not in self._traits:
+        if name in self._given:
+            return self._given[name].judge_prompt(question, answer)
+        if name not in self._shipped:
             if name not in Trait.names():
-                known = ", ".join(dict.fromkeys([*self._traits, *Trait.names()]))
+                known = ", ".join(dict.fromkeys([*self._given, *Trait.names()]))
                 raise TraitError(
                     f"got trait {name!r}; this judge has rubrics for {known}. "
                     "Give the judge the trait, as in traits=[trait]"
                 )
-            self._traits[name] = Trait.load(name)
-        return self._traits[name].judge_prompt(question, answer)
+            self._shipped[name] = Trait.load(name)
+        return self._shipped[name].judge_prompt(question, answer)
 
     def coherence(self, question: str, answer: str) -> str:
         return _COHERENCE.format(question=question, answer=answer)

@@ -60,8 +60,9 @@ class LocalJudge:
 
     @property
     def identity(self) -> str:
-        """What decides its scores: its weights and its tokenizer."""
-        return f"{fingerprints.of_weights(self._hf)} {fingerprints.of_tokenizer(self._tokenizer)}"
+        """What decides its scores: its weights, its tokenizer and the rubrics."""
+        subject = fingerprints.of_weights(self._hf), fingerprints.of_tokenizer(self._tokenizer)
+        return " ".join([*subject, fingerprints.of_text(self._rubrics.texts)])
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""

@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,30 @@ def test_traits_of_ones_own_bring_their_rubric(server: Server) -> None:
     with pytest.raises(TraitError):
         judge_all(judge, "greed", pairs(3))
     assert server.n_requests == 1
+
+
+def strict(trait: Trait) -> Trait:
+    return replace(trait, rubric=f"{trait.rubric} Be strict.")
+
+
+def test_the_judge_is_another_with_other_rubrics_or_another_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = Trait.load("evil")
+    judges = [
+        judge_of(server),
+        judge_of(server, traits=[evil]),
+        judge_of(server, traits=[strict(evil)]),
+        judge_of(server, base_url="http://other.example/v1"),
+    ]
+    named = [judge.identity for judge in judges]
+    assert len(set(named)) == 4
+    assert all(one.startswith("judge-1 ") for one in named)
+    judges[0].trait("evil", "why?", "so")
+    assert [judge.identity for judge in judges] == named
+    assert judge_of(server).identity == named[0]
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    assert ApiJudge("judge-1", api_key="none").identity == named[0]
 
 
 def test_calls_run_side_by_side_and_never_more_than_allowed(server: Server) -> None:
