@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pvcore.errors import ExtractionError
 from pvcore.extraction_result import Extraction as Extraction
 from pvcore.extraction_result import LayerQuality as LayerQuality
+from pvcore.grading import knowing
 from pvcore.judge import Judge, Judgement, Judgements
 from pvcore.model import HookedModel
 from pvcore.provenance import Provenance
@@ -48,7 +49,8 @@ def extract(
     Every question is asked under both sides of every pair of system prompts, `rollouts` times, by
     default those of the trait. At each of `layers` (default: all) a vector is the mean over kept
     positive replies of the residual averaged over each, minus that over negative ones. A `writer`
-    writes instead, in its own length and heat. `ExtractionError` for fewer than two kept pairs.
+    writes instead, in its own length and heat. A judge with rubrics goes by the trait's own.
+    `ExtractionError` for fewer than two kept pairs.
 
     In the folder `work` everything is kept as it is done: a run that was killed, and is repeated,
     writes and judges no reply twice and comes to the same bytes. `WorkError` for another run's.
@@ -58,7 +60,7 @@ def extract(
     if writer is None:
         length, heat = max_new_tokens, temperature
         writer = ModelWriter(model, max_new_tokens=length, temperature=heat, seed=seed)
-    run = Run(model, trait, judge, asked, writer, batch_size, progress)
+    run = Run(model, trait, knowing(judge, trait), asked, writer, batch_size, progress)
     sites = _sites(model, layers)
     making = Making(model, trait.name, sites, threshold, batch_size, resamples, seed, progress)
     return _extraction(run, making, work)

@@ -1,5 +1,6 @@
 """A judge behind an OpenAI-compatible server: the score its first token's probabilities say."""
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -69,6 +70,12 @@ class ApiJudge:
         """What decides its scores: the model it asks, and a hash of the server and the rubrics."""
         decides = [self._server, self._rubrics.texts]
         return f"{self._completions.model} {fingerprints.of_text(decides)}"
+
+    def including(self, trait: Trait) -> "ApiJudge":
+        """This judge with the trait's own rubric; `TraitError` where it was given another."""
+        judge = copy.copy(self)
+        judge._rubrics = self._rubrics.including(trait)
+        return judge
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""

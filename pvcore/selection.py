@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pvcore.errors import SelectionError
+from pvcore.grading import knowing
 from pvcore.interventions import Add
 from pvcore.judge import Judge, Judgements, judge_all
 from pvcore.model import HookedModel
@@ -130,7 +131,7 @@ def select(
     doses = _checked(coefficients, floor)
     evaluated = trait.evaluation_questions if questions is None else questions
     writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    sweep = _Sweep(model, trait.name, judge, writer, evaluated, batch_size, span)
+    sweep = _Sweep(model, trait.name, knowing(judge, trait), writer, evaluated, batch_size, span)
     arms: list[Site | None] = [*sites, *([None] if incremental and _is_deep(vector) else [])]
     for site in arms:
         model.check(Plan(_added(vector, site, doses[0], span)))
@@ -158,7 +159,7 @@ def validate(
     The best of many cells was also the luckiest: what it scores here is what it is worth.
     """
     writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    sweep = _Sweep(model, trait.name, judge, writer, questions, batch_size, span)
+    sweep = _Sweep(model, trait.name, knowing(judge, trait), writer, questions, batch_size, span)
     best = selection.best
     (cell,) = sweep.cells(selection.vector, best.site, (best.coefficient,), seed)
     return cell
