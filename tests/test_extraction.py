@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -239,6 +240,36 @@ def test_samples_are_plain_whatever_the_model_is_set_to() -> None:
     assert greedy != plain
     model.hf.generation_config.update(repetition_penalty=1.0)
     assert greedy == model.generate(chats, max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.99},
+        {"typical_p": 0.01},
+        {"epsilon_cutoff": 0.9},
+        {"eta_cutoff": 0.9},
+        {"top_h": 0.01},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"suppress_tokens": list(range(40, 60))},
+        {"bad_words_ids": [[token] for token in range(40, 60)]},
+        {"forced_eos_token_id": 2},
+        {"sequence_bias": [[[50], 30.0]]},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_nothing_that_a_generation_config_holds_changes_samples(own: dict[str, Any]) -> None:
+    model = fresh_model()
+    chats = [[{"role": "user", "content": text}] for text in ("Why?", "How?")]
+    plain = sample_replies(model, chats, max_new_tokens=12)
+    model.hf.generation_config.update(**own)
+    assert sample_replies(model, chats, max_new_tokens=12) == plain
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(sha256(b"0/0").digest()[:7], "big"))
+        assert model.generate(chats, max_new_tokens=12, temperature=1.0, **how) != plain
 
 
 def with_merge(text: str) -> Any:
