@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import copytree
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -281,6 +282,31 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
         assert draft.exists()
     with second.held():
         assert not draft.exists()
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_second_finds_the_first(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    refused: list[WorkError] = []
+
+    def begin() -> None:
+        try:
+            Workbook(tmp_path, SETTINGS | {"seed": 1})
+        except WorkError as error:
+            refused.append(error)
+
+    file = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)  # as the first holds it
+    second = Thread(target=begin)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert list(tmp_path.iterdir()) == []
+    record = json.dumps({"pvcore_extraction": {"format": 1, **SETTINGS}})
+    (tmp_path / "run.json").write_text(record, "utf-8")
+    os.close(file)
+    second.join(10)
+    assert "seed was 0 and is 1" in str(refused[0])
+    assert (tmp_path / "run.json").read_text("utf-8") == record
 
 
 class Backwards(Counting):
