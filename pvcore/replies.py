@@ -15,6 +15,7 @@ from pvcore.errors import ExtractionError
 from pvcore.fingerprints import of_text
 from pvcore.graph import Engine, Graph
 from pvcore.model import HookedModel
+from pvcore.request_checks import check_real, check_whole
 from pvcore.rollouts import Conversation, Rollout, Turn
 
 # What makes replies other than plain samples of the model, set to have no effect: a model's own
@@ -88,11 +89,9 @@ class ModelWriter:
         seed: int = 0,
         engine: Engine | Graph | str = "eager",
     ) -> None:
-        if max_new_tokens < 1 or not temperature >= 0:
-            raise ExtractionError(
-                f"got max_new_tokens={max_new_tokens}, temperature={temperature}; wanted at least "
-                "1, and at least 0"
-            )
+        check_whole(ExtractionError, 1, max_new_tokens=max_new_tokens)
+        check_real(ExtractionError, 0, temperature=temperature)
+        check_whole(ExtractionError, seed=seed)
         self._model, self._seed, self._engine = model, seed, engine
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
 
