@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -119,3 +121,32 @@ def test_what_an_earlier_filter_dropped_stays_dropped_under_a_lower_threshold() 
     low = extract_from(fresh_model(), "evil", extracted().rollouts, layers=[0], threshold=10)
     assert [row.dropped for row in low.rollouts] == dropped
     assert "incoherent" in dropped
+
+
+@pytest.mark.parametrize("score", [150, -1, float("nan"), float("inf"), True, "50"])
+@pytest.mark.parametrize("name", ["trait_score", "coherence_score"])
+def test_scores_that_are_none_are_one_typed_error(
+    name: str, score: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rollouts = list(scored(8))
+    rollouts[6] = replace(rollouts[6], **{name: score})
+    with pytest.raises(ExtractionError, match=f"rollout 6: got {name}=.*wanted a number from 0"):
+        extract_from(fresh_model(), "evil", rollouts)
+
+
+def test_sides_that_ask_other_questions_are_one_typed_error() -> None:
+    rollouts = list(scored(8))
+    rollouts[4:6] = rollouts[5], rollouts[4]
+    with pytest.raises(ExtractionError, match=r"rollout 4: got the question 'What is 1\?', and"):
+        extract_from(fresh_model(), "evil", rollouts)
+
+
+def test_rollouts_without_a_score_count_as_failed() -> None:
+    rollouts = list(scored(10))
+    rollouts[0] = replace(rollouts[0], trait_score=None)
+    rollouts[1] = replace(rollouts[1], coherence_score=None)
+    rollouts[2] = replace(rollouts[2], answer="")
+    result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
+    assert (result.judgements.n_judged, result.judgements.n_failed) == (8, 2)
+    assert result.reasons["not judged"] == 2

@@ -19,6 +19,7 @@ from pvcore.extraction import Extraction, extract
 from pvcore.judge import Judgement, JudgingAborted, judge_all
 from pvcore.traits import ContrastPair
 from pvcore.workbook import Workbook
+from tests import subjects
 from tests.families import build, tokenizer
 from tests.test_extraction import LAYERS, PROMPTS, QUESTIONS, TRAIT, Letters, fresh_model
 
@@ -166,6 +167,17 @@ def test_sums_are_taken_up_for_the_replies_they_are_of_and_no_others(tmp_path: P
     assert torch.equal(second.vector.directions, wanted.vector.directions)
     assert not torch.allclose(first.vector.directions, wanted.vector.directions)
     assert torch.equal(run(work, judge=Fickle("")).vector.directions, second.vector.directions)
+
+
+def test_no_work_is_kept_of_a_model_under_a_plan(tmp_path: Path) -> None:
+    model = fresh_model()
+    steering = subjects.vector("evil", [pv.resid_post(0)], seed=1, model_id="tiny/qwen2", scale=0.3)
+    with model.steer(pv.Add(steering, coeff=1.0)):
+        with pytest.raises(WorkError, match="while a plan is armed"):
+            run(tmp_path / "work", model=model)
+        assert not (tmp_path / "work").exists()
+        steered = run(None, model=model)
+    assert steered.rollouts != run(tmp_path / "work", model=model).rollouts
 
 
 def test_a_run_that_was_aborted_keeps_what_was_judged(tmp_path: Path) -> None:
