@@ -14,7 +14,7 @@ from pvcore.model import HookedModel
 from pvcore.provenance import Provenance
 from pvcore.replies import ModelWriter, Writer
 from pvcore.replies import sample_replies as sample_replies
-from pvcore.request_checks import check_request, check_whole
+from pvcore.request_checks import check_request
 from pvcore.rollout_run import Run, readable
 from pvcore.rollouts import Conversation as Conversation
 from pvcore.rollouts import Rollout as Rollout
@@ -60,7 +60,6 @@ def extract(
     writes and judges no reply twice and comes to the same bytes. `WorkError` for another run's.
     """
     check_request(trait, judge, questions, ExtractionError)
-    check_whole(ExtractionError, rollouts=rollouts)
     prompts = trait.system_prompts if system_prompts is None else system_prompts
     asked = turns(prompts, trait.extraction_questions if questions is None else questions, rollouts)
     if writer is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from pvcore.errors import ExtractionError
+from pvcore.request_checks import check_whole
 from pvcore.traits import ContrastPair
 
 Score = float | int | None
@@ -58,6 +59,7 @@ def turns(
     prompts: Sequence[ContrastPair], questions: Sequence[str], rollouts: int
 ) -> tuple[Turn, ...]:
     """Every question under every positive prompt, then in the same order under every negative."""
+    check_whole(ExtractionError, rollouts=rollouts)
     if rollouts < 1 or not prompts or not questions:
         raise ExtractionError(
             f"got {len(prompts)} pairs of system prompts, {len(questions)} questions and rollouts="
