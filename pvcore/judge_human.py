@@ -68,7 +68,7 @@ class HumanJudge:
             )
         number, row = found
         try:
-            score = float(row[column])
+            score = float(row[column].replace("_", "?"))  # to Python 1_0 is a ten
         except ValueError:
             score = -1.0
         if not 0 <= score <= 100:

@@ -61,7 +61,8 @@ def test_a_pair_without_a_row_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", ["", " ", "8/10", "101", "-1", "nan", "inf", "-inf", "high", "50%", "1,5", "None"]
+    "cell",
+    ["", " ", "8/10", "101", "-1", "nan", "inf", "-inf", "high", "50%", "1,5", "None", "1_0"],
 )
 @pytest.mark.parametrize("column", ["evil", "coherence"])
 def test_a_cell_that_is_no_score_fails_its_row(cell: str, column: str, tmp_path: Path) -> None:
