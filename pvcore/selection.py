@@ -130,7 +130,7 @@ def select(
     """
     check_request(trait, judge, questions, SelectionError)
     sites = vector.sites if layers is None else as_sites(layers)
-    doses = _checked(coefficients, floor)
+    doses = checked_doses(coefficients, floor)
     evaluated = trait.evaluation_questions if questions is None else questions
     writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     sweep = _Sweep(model, trait.name, knowing(judge, trait), writer, evaluated, batch_size, span)
@@ -318,7 +318,8 @@ def _best(cells: Sequence[Cell], floor: float, trait: str) -> Cell:
     return max(sound, key=lambda cell: (cell.effect, -abs(cell.coefficient)))
 
 
-def _checked(coefficients: Sequence[float | int], floor: float | int) -> tuple[float, ...]:
+def checked_doses(coefficients: Sequence[float | int], floor: float | int) -> tuple[float, ...]:
+    """The coefficients of a sweep; `SelectionError` for those, and a floor, that cannot be."""
     if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
         raise SelectionError(f"got coefficients {coefficients!r}; wanted a list of numbers")
     fits = all(isinstance(one, int | float) and isfinite(one) and one for one in coefficients)
