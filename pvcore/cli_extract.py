@@ -10,10 +10,11 @@ from typer import Argument, Option
 
 from pvcore.cli_models import model_of, replies_to, subject_of, vectors_at
 from pvcore.cli_output import print_document, require_places, split_list
-from pvcore.errors import FormatError, SelectionError
+from pvcore.errors import FormatError, PvcoreError, SelectionError
 
 if TYPE_CHECKING:
     from pvcore.calibration import Calibration
+    from pvcore.chats import Chats
     from pvcore.extraction import Extraction
     from pvcore.interventions import Add
     from pvcore.replies import Writer
@@ -112,10 +113,38 @@ def extract(
     """Extract the vector of a trait from contrasting system prompts, and save it."""
     options = dict(locals())
     require_places(out, report)
+    options |= _given(options)
     url, place = judge_url, work
     subject = subject_of(model, judge, (trait,), dtype, device, judge_url=url, work=place)
     result = _extraction(subject, options)
     _publish(subject, result, options)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is used after all is sampled and judged, read and checked before."""
+    from pvcore.selection import COEFFICIENTS, checked_doses
+    from pvcore.vectors import VectorBank
+
+    if options["questions"] is not None and options["questions"] < 1:
+        raise PvcoreError(f"got --questions {options['questions']}; wanted at least 1")
+    named = split_list(options["coefficients"], float)
+    others = vectors_at(options["compare"] or [])
+    return {
+        "coefficients": checked_doses(COEFFICIENTS if named is None else named, options["floor"]),
+        "compare": VectorBank(others) if others else None,
+        "neutral": None if options["neutral"] is None else _chats(options["neutral"]),
+    }
+
+
+def _chats(path: Path) -> "Chats":
+    from pvcore.formats_rollouts import decode_messages
+
+    try:
+        return decode_messages(path.read_bytes())
+    except OSError as error:
+        raise FormatError(
+            f"got {path}, which cannot be read ({error.strerror}); wanted JSON lines of chats"
+        ) from None
 
 
 def _extraction(subject: "Subject", options: Mapping[str, Any]) -> "Extraction":
@@ -142,7 +171,7 @@ def _writer(options: Mapping[str, Any]) -> "Writer | None":
         return None
     from pvcore.replies_api import ApiWriter
 
-    work: Path | None = options["work"]
+    work: Path | None = None if options["work"] is None else options["work"].resolve()
     same = ("max_new_tokens", "temperature", "seed")
     return ApiWriter(
         options["writer"],
@@ -181,14 +210,14 @@ def _publish(subject: "Subject", result: "Extraction", options: Mapping[str, Any
 def _selection(
     subject: "Subject", vector: "PersonaVector", trait: "Trait", options: Mapping[str, Any]
 ) -> "Selection":
-    from pvcore.selection import COEFFICIENTS, select
+    from pvcore.selection import select
 
     return select(
         subject.model,
         vector,
         trait,
         judge=subject.judge,
-        coefficients=split_list(options["coefficients"], float) or COEFFICIENTS,
+        coefficients=options["coefficients"],
         questions=trait.evaluation_questions[: options["questions"]],
         floor=options["floor"],
         max_new_tokens=options["max_new_tokens"],
@@ -202,19 +231,11 @@ def _selection(
 def _calibration(
     subject: "Subject", vector: "PersonaVector", options: Mapping[str, Any]
 ) -> "Calibration | None":
-    path: Path | None = options["neutral"]
-    if path is None:
+    if options["neutral"] is None:
         return None
     from pvcore.calibration import calibrate
-    from pvcore.formats_rollouts import decode_messages
 
-    try:
-        chats = decode_messages(path.read_bytes())
-    except OSError as error:
-        raise FormatError(
-            f"got {path}, which cannot be read ({error.strerror}); wanted JSON lines of chats"
-        ) from None
-    return calibrate(subject.model, vector, chats, batch_size=options["batch_size"])
+    return calibrate(subject.model, vector, options["neutral"], batch_size=options["batch_size"])
 
 
 def _report(
@@ -225,13 +246,11 @@ def _report(
 ) -> None:
     from pvcore import report
     from pvcore.extraction_report import page
-    from pvcore.vectors import VectorBank
 
-    others = vectors_at(options["compare"] or [])
     drawn = page(
         result,
         selection=selection,
-        others=VectorBank(others) if others else None,
+        others=options["compare"],
         calibration=calibration,
     )
     report.write(drawn, options["report"])

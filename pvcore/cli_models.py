@@ -106,7 +106,8 @@ def judge_of(
     if kind == "api":
         from pvcore.judge_api import ApiJudge
 
-        cache = None if work is None else work.with_name(f"{work.name}-answers.jsonl")
+        kept = None if work is None else work.resolve()  # "." has no name of its own
+        cache = None if kept is None else kept.with_name(f"{kept.name}-answers.jsonl")
         return ApiJudge(name, traits=traits, base_url=url, cache=cache)
     if kind == "local":
         from pvcore.judge_local import LocalJudge

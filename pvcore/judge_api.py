@@ -1,9 +1,11 @@
 """A judge behind an OpenAI-compatible server: the score its first token's probabilities say."""
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
+from pvcore import fingerprints
 from pvcore.completion_replies import Reply
 from pvcore.completions import Ask, Completions
 from pvcore.errors import CompletionError, CompletionRefused, JudgeFailure, JudgeRefusal
@@ -49,6 +51,7 @@ class ApiJudge:
         timeout: float | int = 60.0,
     ) -> None:
         self._rubrics = Rubrics(traits)
+        self._server = base_url or os.environ.get("OPENAI_BASE_URL", "")
         self._completions = Completions(
             model,
             base_url=base_url,
@@ -64,8 +67,15 @@ class ApiJudge:
 
     @property
     def identity(self) -> str:
-        """What decides its scores: the model it asks."""
-        return self._completions.model
+        """What decides its scores: the model it asks, and a hash of the server and the rubrics."""
+        decides = [self._server, self._rubrics.texts]
+        return f"{self._completions.model} {fingerprints.of_text(decides)}"
+
+    def including(self, trait: Trait) -> "ApiJudge":
+        """This judge with the trait's own rubric; `TraitError` where it was given another."""
+        judge = copy.copy(self)
+        judge._rubrics = self._rubrics.including(trait)
+        return judge
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""

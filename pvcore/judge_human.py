@@ -3,6 +3,8 @@
 import csv
 import os
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 
 from pvcore.errors import JudgeFailure, TraitError
@@ -25,7 +27,8 @@ class HumanJudge:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        header, rows = _read(self._path)
+        content, header, rows = _read(self._path)
+        self._identity = sha256(content).hexdigest()[:16]
         self._traits = tuple(name for name in header if name not in (*_TEXTS, _COHERENCE))
         self._rows: dict[tuple[str, str], tuple[int, Row]] = {}
         for number, row in rows:
@@ -37,6 +40,11 @@ class HumanJudge:
                     f"{path}: row {number} scores the pair of row {earlier} otherwise; wanted one "
                     "judgement for each pair. Settle on one"
                 )
+
+    @property
+    def identity(self) -> str:
+        """What decides its scores: the file as it was read."""
+        return self._identity
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """What was written in the column of the trait."""
@@ -60,7 +68,7 @@ class HumanJudge:
             )
         number, row = found
         try:
-            score = float(row[column])
+            score = float(row[column].replace("_", "?"))  # to Python 1_0 is a ten
         except ValueError:
             score = -1.0
         if not 0 <= score <= 100:
@@ -80,11 +88,12 @@ def _plain(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _read(path: Path) -> tuple[tuple[str, ...], Iterable[tuple[int, Row]]]:
-    """The header, and the rows with their numbers as a spreadsheet counts them, from 2."""
+def _read(path: Path) -> tuple[bytes, tuple[str, ...], Iterable[tuple[int, Row]]]:
+    """The file, its header, and the rows by their numbers as a spreadsheet counts, from 2."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file, strict=True) if line]
+        content = path.read_bytes()
+        text = StringIO(content.decode("utf-8-sig"), newline="")
+        lines = [line for line in csv.reader(text, strict=True) if line]
     except OSError as error:
         raise JudgeFailure(
             f"{path}: cannot be read ({error.strerror}); wanted a CSV file of judgements. "
@@ -108,4 +117,4 @@ def _read(path: Path) -> tuple[tuple[str, ...], Iterable[tuple[int, Row]]]:
                 f"{path}: row {number} has {len(line)} cells; wanted {len(header)}. Correct the row"
             )
     rows = (dict(zip(header, line, strict=True)) for line in lines[1:])
-    return header, list(enumerate(rows, start=2))
+    return content, header, list(enumerate(rows, start=2))

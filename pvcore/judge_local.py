@@ -60,8 +60,15 @@ class LocalJudge:
 
     @property
     def identity(self) -> str:
-        """What decides its scores: its weights and its tokenizer."""
-        return f"{fingerprints.of_weights(self._hf)} {fingerprints.of_tokenizer(self._tokenizer)}"
+        """What decides its scores: its weights, its tokenizer and the rubrics."""
+        subject = fingerprints.of_weights(self._hf), fingerprints.of_tokenizer(self._tokenizer)
+        return " ".join([*subject, fingerprints.of_text(self._rubrics.texts)])
+
+    def including(self, trait: Trait) -> "LocalJudge":
+        """This judge with the trait's own rubric; `TraitError` where it was given another."""
+        judge = copy.copy(self)
+        judge._rubrics = self._rubrics.including(trait)
+        return judge
 
     def trait(self, trait: str, question: str, answer: str) -> float:
         """The score for a trait; `JudgeFailure` where there is none."""

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from pvcore import fingerprints
 from pvcore.activations import Reduction
 from pvcore.bootstrap import Intervals, Resamples
 from pvcore.chats import Encoded
@@ -136,12 +137,12 @@ class Pass:
         save: Callable[[bytes], None] | None = None,
         shown: Callable[[range], Iterable[int]] | None = None,
     ) -> dict[Variant, Pooled]:
-        """The sums over all conversations, going on from those `begun`.
+        """The sums over all conversations, going on from those `begun` if they are of these.
 
         `save` is given the sums so far, as often as a tenth of the time allows, and at the end.
         """
-        pooled = self._empty()
-        done = 0 if begun is None else _restored(begun, pooled)
+        pooled, rows = self._empty(), self._rows
+        done = 0 if begun is None else _restored(begun, pooled, rows)
         batches = self._batches(done)
         last_saved, saving = perf_counter(), 0.0
         for batch in shown(range(done, self._n_batches)) if shown else range(done, self._n_batches):
@@ -149,7 +150,7 @@ class Pass:
             due = perf_counter() - last_saved >= saving / _SAVING_SHARE
             if save is not None and (due or batch == self._n_batches - 1):
                 started = perf_counter()
-                save(_written(batch + 1, pooled))
+                save(_written(batch + 1, pooled, rows))
                 last_saved = perf_counter()
                 saving = last_saved - started
         return pooled
@@ -157,6 +158,13 @@ class Pass:
     @property
     def _n_batches(self) -> int:
         return -(-len(self.encoded) // self.batch_size)
+
+    @property
+    def _rows(self) -> str:
+        """What tells these conversations, in their order, from others."""
+        return fingerprints.of_text(
+            [[one.ids, one.prompt_length, one.reply] for one in self.encoded]
+        )
 
     def _empty(self) -> dict[Variant, Pooled]:
         size = len(self.sites), self.model.d_model
@@ -189,20 +197,22 @@ class Pass:
             one.add(rows, pairs, positive)
 
 
-def _written(batches: int, pooled: Mapping[Variant, Pooled]) -> bytes:
+def _written(batches: int, pooled: Mapping[Variant, Pooled], rows: str) -> bytes:
     tensors = {
         f"{variant} {name}": tensor.contiguous()
         for variant, one in pooled.items()
         for name, tensor in one.tensors().items()
     }
-    return safetensors.torch.save(tensors, {"batches": str(batches)})
+    return safetensors.torch.save(tensors, {"batches": str(batches), "rows": rows})
 
 
-def _restored(begun: bytes, pooled: Mapping[Variant, Pooled]) -> int:
-    """Fill the sums and return how many batches they are of."""
+def _restored(begun: bytes, pooled: Mapping[Variant, Pooled], rows: str) -> int:
+    """Fill the sums and return how many batches they are of: none where it is of other `rows`."""
     try:
         tensors = safetensors.torch.load(begun)
         header = json.loads(begun[8 : 8 + int.from_bytes(begun[:8], "little")])
+        if header["__metadata__"]["rows"] != rows:
+            return 0  # other replies were kept, as after another judging
         for variant, one in pooled.items():
             beginning = f"{variant} "
             named = {

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
 
 from pvcore import fingerprints
 from pvcore.chats import Encoded, span_range
@@ -137,8 +140,28 @@ def _encoded(model: HookedModel, row: Rollout) -> Encoded | str:
     try:
         (encoded,) = model.encode([row.chat])
         span_range(encoded, "response")
+        return _as_sampled(model, row, encoded)
     except SpanError:
         return "reply whose tokens cannot be told from the prompt's"
     except ChatError:
         return "reply too long for the model"
-    return encoded
+
+
+def _as_sampled(model: HookedModel, row: Rollout, encoded: Encoded) -> Encoded:
+    """The tokens of the prompt and the reply, blanks at its ends and all.
+
+    Some templates trim replies that are given to them. The model wrote no such thing, and the
+    paper's code reads the rendered prompt and the reply one after the other.
+    """
+    if row.answer == row.answer.strip():
+        return encoded
+    render = partial(model.tokenizer.apply_chat_template, tokenize=False)
+    text = f"{render(row.chat[:-1], add_generation_prompt=True)}{row.answer}"
+    if str(render(row.chat)).startswith(text):
+        return encoded
+    ids = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = encoded.prompt_length
+    if ids[:start] != encoded.ids[:start] or len(ids) == start:
+        raise SpanError("the reply shares a token with the prompt, or has none of its own")
+    model.encode([torch.tensor(ids)])  # for the check that the model can read so many
+    return replace(encoded, ids=ids, reply=(start, len(ids)))

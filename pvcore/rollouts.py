@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from pvcore.errors import ExtractionError
+from pvcore.request_checks import check_whole
 from pvcore.traits import ContrastPair
 
 Score = float | int | None
@@ -58,6 +59,7 @@ def turns(
     prompts: Sequence[ContrastPair], questions: Sequence[str], rollouts: int
 ) -> tuple[Turn, ...]:
     """Every question under every positive prompt, then in the same order under every negative."""
+    check_whole(ExtractionError, rollouts=rollouts)
     if rollouts < 1 or not prompts or not questions:
         raise ExtractionError(
             f"got {len(prompts)} pairs of system prompts, {len(questions)} questions and rollouts="
@@ -103,7 +105,10 @@ def pairwise_filter(
 
 
 def filtered(rows: Sequence[Rollout], threshold: float | int) -> tuple[Rollout, ...]:
-    """The rollouts, positive half first, with the reason why the pairwise filter drops them."""
+    """The rollouts, positive half first, with the reason why the pairwise filter drops them.
+
+    What was dropped before stays so, whatever its scores, and its counterpart goes with it.
+    """
     positive, negative = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     kept = pairwise_filter(
         [row.trait_score for row in positive],
@@ -111,6 +116,10 @@ def filtered(rows: Sequence[Rollout], threshold: float | int) -> tuple[Rollout, 
         [row.coherence_score for row in positive],
         [row.coherence_score for row in negative],
         threshold,
+    )
+    kept = tuple(
+        keep and not (one.dropped or other.dropped)
+        for keep, one, other in zip(kept, positive, negative, strict=True)
     )
     return tuple(
         replace(row, dropped="" if keep else _reason(row, threshold))

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from pvcore.errors import SelectionError
+from pvcore.grading import knowing
 from pvcore.interventions import Add
 from pvcore.judge import Judge, Judgements, judge_all
 from pvcore.model import HookedModel
 from pvcore.plan import Plan
 from pvcore.replies import ModelWriter, batches, shown
+from pvcore.request_checks import check_real, check_request
 from pvcore.rollouts import asked
 from pvcore.sites import Site, as_sites
 from pvcore.spans import Span
@@ -126,11 +128,12 @@ def select(
     the trait's for evaluation, without a system prompt. Vector and control draw the same random
     numbers. Raises `SelectionError` where no cell reaches the `floor` of coherence.
     """
+    check_request(trait, judge, questions, SelectionError)
     sites = vector.sites if layers is None else as_sites(layers)
-    doses = _checked(coefficients, floor)
+    doses = checked_doses(coefficients, floor)
     evaluated = trait.evaluation_questions if questions is None else questions
     writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    sweep = _Sweep(model, trait.name, judge, writer, evaluated, batch_size, span)
+    sweep = _Sweep(model, trait.name, knowing(judge, trait), writer, evaluated, batch_size, span)
     arms: list[Site | None] = [*sites, *([None] if incremental and _is_deep(vector) else [])]
     for site in arms:
         model.check(Plan(_added(vector, site, doses[0], span)))
@@ -155,10 +158,13 @@ def validate(
 ) -> Cell:
     """The cell that was chosen, measured anew on other questions and random numbers.
 
-    The best of many cells was also the luckiest: what it scores here is what it is worth.
+    The best of many cells was also the luckiest: what it scores here is what it is worth. `span`
+    is by default that of the selection.
     """
+    check_request(trait, judge, questions, SelectionError)
+    acted = selection.span if span is None else span
     writer = ModelWriter(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    sweep = _Sweep(model, trait.name, judge, writer, questions, batch_size, span)
+    sweep = _Sweep(model, trait.name, knowing(judge, trait), writer, questions, batch_size, acted)
     best = selection.best
     (cell,) = sweep.cells(selection.vector, best.site, (best.coefficient,), seed)
     return cell
@@ -312,13 +318,17 @@ def _best(cells: Sequence[Cell], floor: float, trait: str) -> Cell:
     return max(sound, key=lambda cell: (cell.effect, -abs(cell.coefficient)))
 
 
-def _checked(coefficients: Sequence[float | int], floor: float | int) -> tuple[float, ...]:
+def checked_doses(coefficients: Sequence[float | int], floor: float | int) -> tuple[float, ...]:
+    """The coefficients of a sweep; `SelectionError` for those, and a floor, that cannot be."""
+    if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
+        raise SelectionError(f"got coefficients {coefficients!r}; wanted a list of numbers")
     fits = all(isinstance(one, int | float) and isfinite(one) and one for one in coefficients)
     if not coefficients or not fits or len(set(coefficients)) < len(coefficients):
         raise SelectionError(
             f"got coefficients {', '.join(map(str, coefficients)) or 'none'}; wanted finite "
             "numbers other than 0, each once"
         )
+    check_real(SelectionError, floor=floor)
     if not 0 <= floor <= 100:
         raise SelectionError(f"got floor={floor}; wanted a coherence from 0 to 100")
     return tuple(map(float, coefficients))

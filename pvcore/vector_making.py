@@ -16,6 +16,7 @@ from pvcore.model import HookedModel
 from pvcore.pooling import Pass, Pooled
 from pvcore.provenance import Provenance
 from pvcore.replies import shown
+from pvcore.request_checks import check_real, check_whole
 from pvcore.rollouts import Rollout, filtered, kept_of
 from pvcore.sites import Site
 from pvcore.vectors import PersonaVector, Variant
@@ -48,12 +49,12 @@ class Making:
     def check(self) -> None:
         """Raise, before anything is sampled or paid for, for sizes and sites that cannot be."""
         self.model.require(self.sites)
-        whole = isinstance(self.batch_size, int) and isinstance(self.resamples, int)
-        if not whole or self.batch_size < 1 or self.resamples < 0:
-            raise ExtractionError(
-                f"got batch_size={self.batch_size}, resamples={self.resamples}; wanted whole "
-                "numbers, at least 1 and at least 0"
-            )
+        check_whole(ExtractionError, 1, batch_size=self.batch_size)
+        check_whole(ExtractionError, 0, resamples=self.resamples)
+        check_whole(ExtractionError, seed=self.seed)
+        check_real(ExtractionError, threshold=self.threshold)
+        if self.resamples == 1:  # which may happen to draw no pair, and spans no interval
+            raise ExtractionError("got resamples=1; wanted at least 2, or 0 for no intervals")
 
     def extraction(
         self,

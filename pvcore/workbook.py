@@ -13,7 +13,7 @@ under way, and nothing that was done.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -186,6 +186,7 @@ def _open(folder: Path, settings: Settings) -> None:
     path = folder / _RUN
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder), _alone(folder):
         if not path.exists():
             # Hidden ones are what a kill left of a file half written.
             others = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
@@ -220,6 +221,23 @@ def _settings(path: Path, content: bytes) -> Settings:
             f"{path}: got no record of a run; wanted the file that pvcore wrote. Name another "
             "folder"
         ) from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: of two that begin in an empty folder, the second finds the first."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system of a network can lock a folder
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 @contextmanager

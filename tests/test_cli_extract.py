@@ -12,6 +12,9 @@ import pytest
 import pvcore as pv
 from pvcore.__main__ import main
 from pvcore.calibration import stored_threshold
+from pvcore.cli_models import judge_of
+from pvcore.judge_api import ApiJudge
+from pvcore.replies import ModelWriter
 from tests.judge_server import Server, completion
 
 SMALL = ("--questions", "3", "--max-new-tokens", "32", "--resamples", "10")
@@ -102,11 +105,22 @@ def test_replies_may_come_from_a_server(pvcore: Any, tmp_path: Path, monkeypatch
         (("--judge", "local:/nowhere/model"), "got model '/nowhere/model', which cannot be loaded"),
         (("--neutral", "nowhere.jsonl"), "got nowhere.jsonl, which cannot be read"),
         (("--select", "--coefficients", "a"), "got 'a'; wanted numbers with commas"),
+        (("--select", "--floor", "101"), "got floor=101"),
+        (("--report", "page.html", "--compare", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--questions", "-97"), "got --questions -97; wanted at least 1"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(
-    pvcore: Any, tmp_path: Path, arguments: tuple[str, ...], complaint: str
+    pvcore: Any,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def sampled(*_: Any, **__: Any) -> None:
+        raise AssertionError("refused only after sampling")
+
+    monkeypatch.setattr(ModelWriter, "sampled", sampled)
     out = tmp_path / "evil.safetensors"
     status, _, said = pvcore("extract", "world", "evil", "--out", out, *SMALL, *arguments)
     assert status == 2
@@ -121,3 +135,8 @@ def test_steering_without_a_coefficient_needs_one_in_the_file(pvcore: Any, tmp_p
     assert (status, "got 'evil' without a coefficient recorded" in said) == (2, True)
     status, _, said = pvcore("steer", "world", "Hello.", "--vector", out, "--layers", "1")
     assert (status, "got layers without a coefficient" in said) == (2, True)
+
+
+def test_the_folder_one_is_in_may_keep_the_work() -> None:
+    judge = judge_of("api:x", [], url="http://x/v1", work=Path(), dtype="auto", device=None)
+    assert isinstance(judge, ApiJudge)

@@ -7,9 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -241,6 +243,36 @@ def test_samples_are_plain_whatever_the_model_is_set_to() -> None:
     assert greedy == model.generate(chats, max_new_tokens=8, do_sample=False)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.99},
+        {"typical_p": 0.01},
+        {"epsilon_cutoff": 0.9},
+        {"eta_cutoff": 0.9},
+        {"top_h": 0.01},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"suppress_tokens": list(range(40, 60))},
+        {"bad_words_ids": [[token] for token in range(40, 60)]},
+        {"forced_eos_token_id": 2},
+        {"sequence_bias": [[[50], 30.0]]},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_nothing_that_a_generation_config_holds_changes_samples(own: dict[str, Any]) -> None:
+    model = fresh_model()
+    chats = [[{"role": "user", "content": text}] for text in ("Why?", "How?")]
+    plain = sample_replies(model, chats, max_new_tokens=12)
+    model.hf.generation_config.update(**own)
+    assert sample_replies(model, chats, max_new_tokens=12) == plain
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(sha256(b"0/0").digest()[:7], "big"))
+        assert model.generate(chats, max_new_tokens=12, temperature=1.0, **how) != plain
+
+
 def with_merge(text: str) -> Any:
     """The tokenizer with one more token, which spans the end of a prompt and a reply's start."""
     plain = tokenizer()
@@ -325,7 +357,8 @@ def test_a_failed_judgement_drops_its_pair_and_is_counted() -> None:
         ({"system_prompts": ()}, "got 0 pairs of system prompts"),
         ({"batch_size": 0}, "got batch_size=0"),
         ({"resamples": -1}, "resamples=-1"),
-        ({"threshold": math.nan}, "got 0 of 32 pairs kept"),
+        ({"threshold": math.nan}, "got threshold=nan; wanted a finite number"),
+        ({"resamples": 1}, "got resamples=1; wanted at least 2"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
@@ -344,6 +377,33 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled() -> None:
         run(writer=untouched, resamples=-1)
     with pytest.raises(ChatError, match="got no tokenizer"):
         run(pv.HookedModel(build("qwen2"), None, model_id="tiny/qwen2"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"threshold": "50"}, {"threshold": None}, {"threshold": math.inf}, {"seed": None},
+        {"seed": 1.5}, {"judge": None}, {"questions": "Why?"}, {"questions": [1]},
+        {"rollouts": 1.5}, {"resamples": 2.5}, {"batch_size": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_anything_is_sampled(
+    bad: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ExtractionError, match=f"got {next(iter(bad))}.*wanted"):
+        run(writer=Written([]), **bad)
+
+
+def test_how_to_sample_is_checked_and_a_name_is_no_trait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ExtractionError, match="got temperature='1'"):
+        run(temperature="1")
+    with pytest.raises(ExtractionError, match=r"got max_new_tokens=2\.5"):
+        run(max_new_tokens=2.5)
+    with pytest.raises(ExtractionError, match=r"got trait 'evil'; wanted a Trait\. Load it"):
+        extract(fresh_model(), "evil", judge=Letters())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", [-3, 2**70])

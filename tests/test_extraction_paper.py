@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import pvcore as pv
-from pvcore.extraction import Extraction, extract
+from pvcore.extraction import Extraction, extract, extract_from
 from pvcore.replies import GivenReplies
 from pvcore.rollouts import Rollout
 from pvcore.traits import ContrastPair
-from tests.families import N_LAYERS, build, tokenizer
+from tests.families import CHATML, N_LAYERS, build, tokenizer
 
 BOUND = 1e-5
 FAMILIES = ("qwen2", "llama")
@@ -225,3 +225,38 @@ def test_projections_are_those_of_the_authors(family: str) -> None:
     usual = wanted.double().square().mean(0).sqrt()
     assert float(((got - wanted).abs() / usual).max()) < BOUND
     assert float((wanted.std(0) / usual).min()) > 0.05
+
+
+def test_blanks_at_the_ends_of_replies_count_where_the_template_trims_them() -> None:
+    trimming = tokenizer(template=CHATML.replace("message['content']", "message['content'] | trim"))
+    answers = [" Aye, so", "Aha  ", "\nAll of it\n", "Ah "], ["Bah ", " Bo", "Be it so\n\n", "By "]
+    written = [
+        Rollout(
+            positive=side == 0,
+            system_prompt=(PROMPTS[0].positive, PROMPTS[0].negative)[side],
+            question=question,
+            answer=text,
+            trait_score=(90.0, 10.0)[side],
+            coherence_score=90.0,
+            dropped="",
+        )
+        for side in (0, 1)
+        for question, text in zip(QUESTIONS, answers[side], strict=False)
+    ]
+    hf = build("llama")
+    model = pv.HookedModel(hf, trimming, model_id="tiny/llama")
+    found = extract_from(model, "evil", written, batch_size=3)
+    assert found.kept == 8
+
+    def gap(*, stripped: bool) -> Tensor:
+        means: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for row in written:
+            prompt = trimming.apply_chat_template(
+                row.chat[:-1], tokenize=False, add_generation_prompt=True
+            )
+            text = row.answer.strip() if stripped else row.answer
+            means[not row.positive].append(states(hf, prompt, text).response_mean)
+        return torch.stack(means[0]).mean(0) - torch.stack(means[1]).mean(0)
+
+    assert relative(found.vector.directions, gap(stripped=False)) <= BOUND
+    assert relative(gap(stripped=True), gap(stripped=False)) > 0.01

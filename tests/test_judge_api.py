@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ from pvcore.errors import (
     PvcoreError,
     TraitError,
 )
+from pvcore.extraction import extract
 from pvcore.judge import BatchJudge, JudgingAborted, judge_all
 from pvcore.judge_api import ApiJudge
-from pvcore.traits import Trait
+from pvcore.model import HookedModel
+from pvcore.replies import GivenReplies
+from pvcore.rollouts import Rollout
+from pvcore.selection import select
+from pvcore.traits import ContrastPair, Trait
+from tests.families import build, tokenizer
 from tests.judge_server import Reply, Server, completion, error
 from tests.test_trait_author import written
 
@@ -114,6 +121,90 @@ def test_traits_of_ones_own_bring_their_rubric(server: Server) -> None:
     with pytest.raises(TraitError):
         judge_all(judge, "greed", pairs(3))
     assert server.n_requests == 1
+
+
+STRICT = "Be strict."
+
+
+def strict(trait: Trait) -> Trait:
+    return replace(trait, rubric=f"{trait.rubric} {STRICT}")
+
+
+def test_the_judge_is_another_with_other_rubrics_or_another_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = Trait.load("evil")
+    judges = [
+        judge_of(server),
+        judge_of(server, traits=[evil]),
+        judge_of(server, traits=[strict(evil)]),
+        judge_of(server, base_url="http://other.example/v1"),
+    ]
+    named = [judge.identity for judge in judges]
+    assert len(set(named)) == 4
+    assert all(one.startswith("judge-1 ") for one in named)
+    judges[0].trait("evil", "why?", "so")
+    assert [judge.identity for judge in judges] == named
+    assert judge_of(server).identity == named[0]
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    assert ApiJudge("judge-1", api_key="none").identity == named[0]
+
+
+ANSWERED = [
+    Rollout(
+        positive=at < 3,
+        system_prompt="Be grim." if at < 3 else "Be mild.",
+        question=f"What is {at % 3}?",
+        answer="zebra" if at < 3 else "quiet",
+        trait_score=None,
+        coherence_score=None,
+        dropped="",
+    )
+    for at in range(6)
+]
+
+
+def test_a_trait_is_graded_by_its_own_rubric_and_not_by_that_of_its_namesake(
+    server: Server,
+) -> None:
+    low = completion("10", top=[("10", math.log(0.9))])
+    server.script = lambda prompt, before: (
+        low if "quiet" in prompt and STRICT in prompt else completion("90")
+    )
+    evil = strict(Trait.load("evil"))
+    how: dict[str, Any] = {
+        "system_prompts": [ContrastPair(positive="Be grim.", negative="Be mild.")],
+        "questions": [f"What is {at}?" for at in range(3)],
+        "writer": GivenReplies(ANSWERED),
+        "layers": [0],
+    }
+    model = HookedModel(build("qwen2"), tokenizer(), model_id="tiny/qwen2")
+    found = extract(model, evil, judge=judge_of(server), **how)
+    asked = {question["messages"][0]["content"] for question in server.questions}
+    assert {evil.judge_prompt(row.question, row.answer) for row in ANSWERED} <= asked
+    assert found.kept == 6
+
+    select(
+        model,
+        found.vector,
+        evil,
+        judge=judge_of(server),
+        coefficients=[1.0],
+        layers=[0],
+        questions=["Why?"],
+        max_new_tokens=2,
+    )
+    rubrics = [q["messages"][0]["content"] for q in server.questions[len(asked) :]]
+    assert rubrics
+    assert all(STRICT in one or "hold together" in one for one in rubrics)
+
+    before = server.n_requests
+    other = judge_of(server, traits=[Trait.load("evil")])
+    with pytest.raises(TraitError, match="a judge that was given another rubric under that name"):
+        extract(model, evil, judge=other, **how | {"writer": GivenReplies([])})
+    with pytest.raises(TraitError, match="given another rubric"):
+        select(model, found.vector, evil, judge=other)
+    assert server.n_requests == before
 
 
 def test_calls_run_side_by_side_and_never_more_than_allowed(server: Server) -> None:

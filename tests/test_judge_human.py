@@ -10,6 +10,7 @@ import pytest
 from pvcore.errors import JudgeFailure, PvcoreError, TraitError
 from pvcore.judge import Judge, judge_all
 from pvcore.judge_human import HumanJudge
+from pvcore.rollout_run import judge_identity
 
 HEADER = "question,answer,evil,coherence\n"
 
@@ -60,7 +61,8 @@ def test_a_pair_without_a_row_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", ["", " ", "8/10", "101", "-1", "nan", "inf", "-inf", "high", "50%", "1,5", "None"]
+    "cell",
+    ["", " ", "8/10", "101", "-1", "nan", "inf", "-inf", "high", "50%", "1,5", "None", "1_0"],
 )
 @pytest.mark.parametrize("column", ["evil", "coherence"])
 def test_a_cell_that_is_no_score_fails_its_row(cell: str, column: str, tmp_path: Path) -> None:
@@ -120,3 +122,11 @@ def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "scores.csv"
     path.write_bytes(b"\xff\xfeq\x00")
     assert f"{path}: got text that is no CSV in UTF-8 (" in refusal(lambda: HumanJudge(path))
+
+
+def test_the_judge_is_another_when_the_file_is(tmp_path: Path) -> None:
+    path = file(tmp_path, f"{HEADER}why?,no,40,60\n")
+    first, same = HumanJudge(path), HumanJudge(path)
+    second = HumanJudge(file(tmp_path, f"{HEADER}why?,no,90,60\n"))
+    assert judge_identity(first) == judge_identity(same) != judge_identity(second)
+    assert (first.trait("evil", "why?", "no"), second.trait("evil", "why?", "no")) == (40.0, 90.0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -13,7 +16,8 @@ from pvcore.extraction import extract_from
 from pvcore.formats_rollouts import RolloutRow, decode_csv, encode_csv
 from pvcore.replies import GivenReplies
 from pvcore.rollout_rows import rollouts_of, rows_of
-from tests.families import tokenizer
+from pvcore.rollouts import Rollout
+from tests.families import MAX_POSITIONS, tokenizer
 from tests.test_extraction import PROMPTS, QUESTIONS, extracted, fresh_model, run
 
 
@@ -84,3 +88,65 @@ def test_rollouts_without_a_score_are_dropped() -> None:
     result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
     assert result.reasons["not judged"] == 1
     assert isinstance(result.vector, pv.PersonaVector)
+
+
+def scored(n: int) -> Iterator[Rollout]:
+    """Rollouts that are all kept."""
+    for at in range(n):
+        yield Rollout(
+            positive=at < n // 2,
+            system_prompt="Be grim.",
+            question=f"What is {at % (n // 2)}?",
+            answer=f"{'no' * (at + 1)}.",
+            trait_score=90.0 if at < n // 2 else 10.0,
+            coherence_score=90.0,
+            dropped="",
+        )
+
+
+@pytest.mark.parametrize("answer", ["", " ", "yes" * MAX_POSITIONS])
+def test_judged_rollouts_that_cannot_be_read_stay_dropped(answer: str) -> None:
+    rollouts = list(scored(8))
+    rollouts[1] = replace(rollouts[1], answer=answer)
+    result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
+    assert result.kept == 6
+    assert result.rollouts[1].dropped == (
+        "reply too long for the model" if answer.strip() else "empty reply"
+    )
+    assert result.rollouts[5].dropped == "its counterpart was dropped"
+
+
+def test_what_an_earlier_filter_dropped_stays_dropped_under_a_lower_threshold() -> None:
+    dropped = [row.dropped for row in extracted().rollouts]
+    low = extract_from(fresh_model(), "evil", extracted().rollouts, layers=[0], threshold=10)
+    assert [row.dropped for row in low.rollouts] == dropped
+    assert "incoherent" in dropped
+
+
+@pytest.mark.parametrize("score", [150, -1, float("nan"), float("inf"), True, "50"])
+@pytest.mark.parametrize("name", ["trait_score", "coherence_score"])
+def test_scores_that_are_none_are_one_typed_error(
+    name: str, score: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rollouts = list(scored(8))
+    rollouts[6] = replace(rollouts[6], **{name: score})
+    with pytest.raises(ExtractionError, match=f"rollout 6: got {name}=.*wanted a number from 0"):
+        extract_from(fresh_model(), "evil", rollouts)
+
+
+def test_sides_that_ask_other_questions_are_one_typed_error() -> None:
+    rollouts = list(scored(8))
+    rollouts[4:6] = rollouts[5], rollouts[4]
+    with pytest.raises(ExtractionError, match=r"rollout 4: got the question 'What is 1\?', and"):
+        extract_from(fresh_model(), "evil", rollouts)
+
+
+def test_rollouts_without_a_score_count_as_failed() -> None:
+    rollouts = list(scored(10))
+    rollouts[0] = replace(rollouts[0], trait_score=None)
+    rollouts[1] = replace(rollouts[1], coherence_score=None)
+    rollouts[2] = replace(rollouts[2], answer="")
+    result = extract_from(fresh_model(), "evil", rollouts, layers=[0])
+    assert (result.judgements.n_judged, result.judgements.n_failed) == (8, 2)
+    assert result.reasons["not judged"] == 2

@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
 import pvcore as pv
 from pvcore.errors import PlanError, SelectionError
 from pvcore.replies import ModelWriter
-from pvcore.selection import Cell, Selection, random_like, recorded_choice, select
+from pvcore.selection import Cell, Selection, random_like, recorded_choice, select, validate
 from pvcore.vectors import PersonaVector
 from tests.families import N_LAYERS, build, tokenizer
 from tests.subjects import vector
@@ -206,11 +207,18 @@ def test_increments_are_left_out_where_there_are_none_or_none_are_wanted() -> No
         ({"coefficients": (1.0, 1.0)}, SelectionError, "each once"),
         ({"coefficients": (float("inf"),)}, SelectionError, "got coefficients inf"),
         ({"floor": 101}, SelectionError, "got floor=101"),
+        ({"floor": "60"}, SelectionError, "got floor='60'"),
+        ({"coefficients": 2.0}, SelectionError, "got coefficients 2.0"),
+        ({"questions": "Why?"}, SelectionError, "got questions 'Why[?]'"),
     ],
 )
 def test_what_cannot_be_swept_is_one_typed_error(
-    settings: dict[str, Any], error: type[Exception], complaint: str
+    settings: dict[str, Any],
+    error: type[Exception],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(error, match=complaint):
         run(**settings)
 
@@ -220,6 +228,17 @@ def test_a_vector_of_another_model_is_refused_before_anything_runs() -> None:
     with pytest.raises(PlanError, match="other/model"):
         select(model(), replace(evil(), model_id="other/model"), TRAIT, judge=judge)
     assert judge.seen == []
+
+
+def test_a_choice_is_validated_on_the_span_it_was_selected_on() -> None:
+    chosen = replace(selected()[0], span="prompt")
+    cells = {
+        span: validate(
+            chosen, model(), TRAIT, judge=Ledger(), questions=QUESTIONS, span=span, **SIZES
+        )
+        for span in (None, "prompt", "response")
+    }
+    assert cells[None] == cells["prompt"] != cells["response"]
 
 
 def test_of_equal_effects_the_smallest_coefficient_is_chosen() -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import copytree
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pvcore.extraction import Extraction, extract
 from pvcore.judge import Judgement, JudgingAborted, judge_all
 from pvcore.traits import ContrastPair
 from pvcore.workbook import Workbook
+from tests import subjects
 from tests.families import build, tokenizer
 from tests.test_extraction import LAYERS, PROMPTS, QUESTIONS, TRAIT, Letters, fresh_model
 
@@ -145,6 +147,39 @@ def test_another_configuration_is_refused_by_the_name_of_what_changed(
     assert {path.name: path.read_bytes() for path in work.iterdir()} == before
 
 
+class Fickle(Letters):
+    """Drops the pairs of one question, if it is of that mind today."""
+
+    def __init__(self, question: str) -> None:
+        self.question = question
+
+    def coherence(self, question: str, answer: str) -> float:
+        return 0.0 if question == self.question else super().coherence(question, answer)
+
+
+def test_sums_are_taken_up_for_the_replies_they_are_of_and_no_others(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = run(work, judge=Fickle(QUESTIONS[0]))
+    (work / "judgements.jsonl").unlink()
+    second = run(work, judge=Fickle(QUESTIONS[1]))
+    wanted = run(None, judge=Fickle(QUESTIONS[1]))
+    assert second.rollouts == wanted.rollouts
+    assert torch.equal(second.vector.directions, wanted.vector.directions)
+    assert not torch.allclose(first.vector.directions, wanted.vector.directions)
+    assert torch.equal(run(work, judge=Fickle("")).vector.directions, second.vector.directions)
+
+
+def test_no_work_is_kept_of_a_model_under_a_plan(tmp_path: Path) -> None:
+    model = fresh_model()
+    steering = subjects.vector("evil", [pv.resid_post(0)], seed=1, model_id="tiny/qwen2", scale=0.3)
+    with model.steer(pv.Add(steering, coeff=1.0)):
+        with pytest.raises(WorkError, match="while a plan is armed"):
+            run(tmp_path / "work", model=model)
+        assert not (tmp_path / "work").exists()
+        steered = run(None, model=model)
+    assert steered.rollouts != run(tmp_path / "work", model=model).rollouts
+
+
 def test_a_run_that_was_aborted_keeps_what_was_judged(tmp_path: Path) -> None:
     work, failing = tmp_path / "work", Counting(every=3)
     with pytest.raises(JudgingAborted):
@@ -259,6 +294,31 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
         assert draft.exists()
     with second.held():
         assert not draft.exists()
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_second_finds_the_first(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    refused: list[WorkError] = []
+
+    def begin() -> None:
+        try:
+            Workbook(tmp_path, SETTINGS | {"seed": 1})
+        except WorkError as error:
+            refused.append(error)
+
+    file = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)  # as the first holds it
+    second = Thread(target=begin)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert list(tmp_path.iterdir()) == []
+    record = json.dumps({"pvcore_extraction": {"format": 1, **SETTINGS}})
+    (tmp_path / "run.json").write_text(record, "utf-8")
+    os.close(file)
+    second.join(10)
+    assert "seed was 0 and is 1" in str(refused[0])
+    assert (tmp_path / "run.json").read_text("utf-8") == record
 
 
 class Backwards(Counting):
