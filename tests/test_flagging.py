@@ -481,7 +481,7 @@ def test_a_long_scan_keeps_no_files_open_and_no_rows(
 
     assert not any(type(one) is Sample for one in gc.get_objects())
     if opened:
-        assert len(os.listdir("/proc/self/fd")) == opened
+        assert len(os.listdir("/proc/self/fd")) <= opened
 
 
 def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def test_a_steered_read_equals_the_oracle(name: str) -> None:
         edit = now.edit(own & columns(now.span, ends, ids.shape[1]))
         wanted = found.oracle.forward(ids, mask, [edit])[1].frames[0].residuals
         for site in found.sites:
-            error = worst(acts[site][own], wanted[point(site)][own])
+            # Rounding grows with what is rounded: gemma2's residuals reach ten, others about one.
+            largest = max(1.0, float(wanted[point(site)][own].abs().max()))
+            error = worst(acts[site][own], wanted[point(site)][own]) / largest
             if error >= BOUND or not acts[site][~own].isnan().all():
                 wrong.append((*combination, str(now.site), str(site), error))
         checked.add(combination)
