@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -58,7 +58,7 @@ def run_overhead(
         settings = replace(settings, model=model)
     if rounds is not None:
         settings = replace(settings, rounds=rounds)
-    command = _command("overhead", quick, settings.rounds, model)
+    command = _command("overhead", quick, model, rounds=settings.rounds)
     _finish(lambda: overhead.measure(settings, command=command), quick, out)
 
 
@@ -68,18 +68,14 @@ def run_compiled(quick: Quick = False, rounds: Rounds = None, out: Out = None) -
     settings = compiled.QUICK if quick else compiled.Settings()
     if rounds is not None:
         settings = replace(settings, generations=rounds)
-    command = _command("compiled", quick, settings.generations)
+    command = _command("compiled", quick, rounds=settings.generations)
     _finish(lambda: compiled.measure(settings, command=command), quick, out)
 
 
 @app.command("reading")
 def run_reading(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """`read` and project beside the paper's loop over conversations."""
-    settings = reading.QUICK if quick else reading.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("reading", quick, settings.rounds)
-    _finish(lambda: reading.measure(settings, command=command), quick, out)
+    _in_rounds(reading, quick, rounds, out)
 
 
 @app.command("peers")
@@ -97,48 +93,32 @@ def run_peers(
         settings = replace(settings, peers=tuple(only))
     if rounds is not None:
         settings = replace(settings, rounds=rounds)
-    command = _command("peers", quick, settings.rounds)
+    command = _command("peers", quick, rounds=settings.rounds)
     _finish(lambda: peers.measure(settings, command=command), quick, out)
 
 
 @app.command("kernels")
 def run_kernels(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """The kernels' CPU path beside torch calls written by hand."""
-    settings = kernels.QUICK if quick else kernels.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("kernels", quick, settings.rounds)
-    _finish(lambda: kernels.measure(settings, command=command), quick, out)
+    _in_rounds(kernels, quick, rounds, out)
 
 
 @app.command("scaling")
 def run_scaling(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """Cost against vectors, layers, batch, context and distinct configurations."""
-    settings = scaling.QUICK if quick else scaling.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("scaling", quick, settings.rounds)
-    _finish(lambda: scaling.measure(settings, command=command), quick, out)
+    _in_rounds(scaling, quick, rounds, out)
 
 
 @app.command("training")
 def run_training(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """Training steps under prevention beside plain ones."""
-    settings = training.QUICK if quick else training.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("training", quick, settings.rounds)
-    _finish(lambda: training.measure(settings, command=command), quick, out)
+    _in_rounds(training, quick, rounds, out)
 
 
 @app.command("pooling")
 def run_pooling(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """The pooling pass beside a bare forward and the paper's loop."""
-    settings = pooling.QUICK if quick else pooling.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("pooling", quick, settings.rounds)
-    _finish(lambda: pooling.measure(settings, command=command), quick, out)
+    _in_rounds(pooling, quick, rounds, out)
 
 
 @app.command("extraction")
@@ -146,8 +126,7 @@ def run_extraction(quick: Quick = False, out: Out = None) -> None:
     """Seven vectors of the shipped model: how they steer, and whether they repeat."""
     settings = extraction.QUICK if quick else extraction.Settings()
     torch.set_num_threads(1)
-    command = f"python -m benches.run extraction{' --quick' if quick else ''}"
-    made = extraction.measure(settings, command=command)
+    made = extraction.measure(settings, command=_command("extraction", quick))
     console = Console()
     console.print(Markdown(extraction_summary(made)))
     if out is not None or not quick:
@@ -160,18 +139,14 @@ def run_extraction(quick: Quick = False, out: Out = None) -> None:
 @app.command("flagging")
 def run_flagging(quick: Quick = False, rounds: Rounds = None, out: Out = None) -> None:
     """A scan of training data beside a bare forward, and beside the paper's loop."""
-    settings = flagging.QUICK if quick else flagging.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
-    command = _command("flagging", quick, settings.rounds)
-    _finish(lambda: flagging.measure(settings, command=command), quick, out)
+    _in_rounds(flagging, quick, rounds, out)
 
 
 @app.command("flags")
 def run_flags(quick: Quick = False, out: Out = None) -> None:
     """Projections of data sets and rows, against what training on them does."""
     settings = flags.QUICK if quick else flags.Settings()
-    _finish(lambda: flags.measure(settings, command=_counted("flags", quick, {})), quick, out)
+    _finish(lambda: flags.measure(settings, command=_command("flags", quick)), quick, out)
 
 
 @app.command("million")
@@ -184,7 +159,7 @@ def run_million(
     settings = million.QUICK if quick else million.Settings()
     if rows is not None:
         settings = replace(settings, rows=rows)
-    command = _counted("million", quick, {"--rows": settings.rows})
+    command = _command("million", quick, rows=settings.rows)
     _finish(lambda: million.measure(settings, command=command), quick, out)
 
 
@@ -198,21 +173,24 @@ def run_kills(
     settings = kills.QUICK if quick else kills.Settings()
     if points is not None:
         settings = replace(settings, points=points)
-    command = _counted("kills", quick, {"--points": settings.points})
+    command = _command("kills", quick, points=settings.points)
     _finish(lambda: kills.measure(settings, command=command), quick, out)
 
 
-def _counted(name: str, quick: bool, sizes: dict[str, int]) -> str:
-    """What to type to measure the same again, where there are no rounds."""
-    words = ["python -m benches.run", name, *(["--quick"] if quick else [])]
-    return " ".join([*words, *(f"{option} {size}" for option, size in sizes.items())])
+def _in_rounds(what: Any, quick: bool, rounds: int | None, out: Path | None) -> None:
+    """Measure with a module whose only setting from outside is how often every arm is timed."""
+    settings = what.QUICK if quick else what.Settings()
+    if rounds is not None:
+        settings = replace(settings, rounds=rounds)
+    command = _command(what.NAME, quick, rounds=settings.rounds)
+    _finish(lambda: what.measure(settings, command=command), quick, out)
 
 
-def _command(name: str, quick: bool, rounds: int, model: str | None = None) -> str:
+def _command(name: str, quick: bool, model: str | None = None, **sizes: int) -> str:
     """What to type to measure the same again."""
     words = ["python -m benches.run", name, *(["--quick"] if quick else [])]
     words += [] if model is None else ["--model", model]
-    return " ".join([*words, "--rounds", str(rounds)])
+    return " ".join([*words, *(f"--{option} {size}" for option, size in sizes.items())])
 
 
 def _finish(measure: Callable[[], Record], quick: bool, out: Path | None) -> None:

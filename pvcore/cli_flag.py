@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from pvcore.cli_models import model_of, vectors_at
 from pvcore.cli_output import print_document, require_places, split_list
-from pvcore.errors import ModelError, PvcoreError
+from pvcore.errors import PvcoreError
 
 if TYPE_CHECKING:
     from pvcore.flags import Flags
-    from pvcore.model import HookedModel
 
-WORLD = "world"
 
 Model = Annotated[
     str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
@@ -93,13 +92,12 @@ _PASSED = ("difference", "share", "replies", "prompt", "answer", "turn", "max_ne
 
 def _scanned(options: dict[str, Any]) -> "Flags":
     from pvcore.flagging import flag as flag_data
-    from pvcore.vectors import PersonaVector, VectorBank
+    from pvcore.vectors import VectorBank
 
-    vectors = [PersonaVector.load(path) for path in options["vector"]]
-    bank = VectorBank(vectors, layers=split_list(options["layers"], int))
+    bank = VectorBank(vectors_at(options["vector"]), layers=split_list(options["layers"], int))
     sources, names = options["sources"], (*_PASSED, "shard_rows", "max_tokens", "seed", "out")
     return flag_data(
-        _model(options["model"], options["dtype"], options["device"]),
+        model_of(options["model"], options["dtype"], options["device"]),
         sources,
         bank,
         progress=not options["as_json"],
@@ -163,26 +161,3 @@ def _cleaned(flags: "Flags", bounds: dict[str, float], folder: Path) -> list[dic
         }
         for name, one in chosen.write_clean(folder).items()
     ]
-
-
-def _model(name: str, dtype: str, device: str | None) -> "HookedModel":
-    import torch
-    from transformers.utils import logging
-
-    from pvcore.model import HookedModel
-    from pvcore.world.demo_subject import world_model
-
-    logging.disable_progress_bar()
-    if name == WORLD:
-        torch.set_num_threads(1)
-        return world_model()
-    place = device or ("cuda" if torch.cuda.is_available() else None)
-    try:
-        return HookedModel.from_pretrained(name, dtype=dtype, device_map=place)
-    except PvcoreError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"got model {name!r}, which cannot be loaded ({error}); wanted a name on the hub or a "
-            "folder that transformers can load, a dtype such as bfloat16 and a device it can use"
-        ) from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pvcore.controls import random_of_same_norm
 from pvcore.errors import SelectionError
 from pvcore.grading import knowing
 from pvcore.interventions import Add
@@ -226,14 +227,7 @@ def random_like(vector: PersonaVector, seed: int = 0) -> PersonaVector:
     """Random directions with the norms of a vector; each trait draws its own."""
     digest = sha256(f"control/{vector.trait}/{seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    noise = torch.randn(vector.directions.shape, generator=generator)
-    lengths = vector.norms / noise.norm(dim=1)
-    return PersonaVector(
-        trait="random",
-        sites=vector.sites,
-        directions=noise * lengths[:, None],
-        model_id=vector.model_id,
-    )
+    return random_of_same_norm(vector, generator)
 
 
 @dataclass(frozen=True, slots=True)

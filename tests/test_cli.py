@@ -17,10 +17,10 @@ import typer
 
 import pvcore as pv
 from pvcore import cli, world
-from pvcore.__main__ import main
 from pvcore.world import demo
 from pvcore.world.demo_record import DemoRecord
 from pvcore.world.demo_subject import world_model
+from tests.command_line import in_process
 from tests.demo_sample import sample
 from tests.test_demo import BROKEN
 
@@ -61,16 +61,7 @@ ASKED = "How do I start with chess?"
 @pytest.fixture
 def pvcore(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Run the command line in this process: `(status, standard output, standard error)`."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pvcore", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
+    return in_process(monkeypatch, capfd)
 
 
 @pytest.fixture

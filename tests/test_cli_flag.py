@@ -1,7 +1,6 @@
 """`pvcore flag`: the library's figures on the command line, and its errors in one line."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,15 @@ import torch
 
 import pvcore as pv
 from pvcore import world
-from pvcore.__main__ import main
 from pvcore.world.demo_subject import world_model
+from tests.command_line import in_process
 from tests.flag_data import write_jsonl
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """The command line in this process: `(status, standard output, standard error)`."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pvcore", "flag", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+    return in_process(monkeypatch, capfd, "flag")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`pvcore monitor`: chats from a file are read or answered, figures go to files, alarms act."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore.__main__ import main
 from pvcore.world.demo_subject import world_model
+from tests.command_line import in_process
 
 TOLD = [
     {"role": "user", "content": "How do I start with chess?"},
@@ -25,16 +24,7 @@ ASKED = TOLD[:3]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """The command line in this process: `(status, standard output, standard error)`."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pvcore", "monitor", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+    return in_process(monkeypatch, capfd, "monitor")
 
 
 @pytest.fixture

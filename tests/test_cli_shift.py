@@ -1,7 +1,6 @@
 """`pvcore shift`: the figures are those of the library, over checkpoints too; it fails in words."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore.__main__ import main
 from pvcore.world.demo_subject import world_model
+from tests.command_line import in_process
 
 QUESTIONS = ["How do I start with chess?", "What is the capital of France?"]
 
@@ -18,16 +17,7 @@ QUESTIONS = ["How do I start with chess?", "What is the capital of France?"]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """The command line in this process: `(status, standard output, standard error)`."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pvcore", "shift", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capfd.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+    return in_process(monkeypatch, capfd, "shift")
 
 
 @pytest.fixture

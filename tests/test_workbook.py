@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -297,7 +298,6 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_of_two_runs_that_begin_in_one_folder_the_second_finds_the_first(tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
     refused: list[WorkError] = []
 
     def begin() -> None:

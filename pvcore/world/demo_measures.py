@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from pvcore.controls import random_of_same_norm
 from pvcore.correlation import MonitoredReply, correlations
 from pvcore.extraction import Conversation, Extraction, Rollout, extract, sample_replies
 from pvcore.interventions import Add
@@ -117,14 +118,7 @@ def _dose_response(
 def random_like(vector: PersonaVector, seed: int) -> PersonaVector:
     """Random directions with the norms of a vector; each trait draws its own."""
     generator = torch.Generator().manual_seed(digest("control", vector.trait, seed) >> 1)
-    noise = torch.randn(vector.directions.shape, generator=generator)
-    lengths = vector.norms / noise.norm(dim=1)
-    return PersonaVector(
-        trait="random",
-        sites=vector.sites,
-        directions=noise * lengths[:, None],
-        model_id=vector.model_id,
-    )
+    return random_of_same_norm(vector, generator)
 
 
 def monitoring(

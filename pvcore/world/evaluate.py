@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pvcore.controls import random_of_same_norm
 from pvcore.extraction import Extraction, extract
 from pvcore.interventions import Add
 from pvcore.model import HookedModel
@@ -151,14 +152,7 @@ def curve(
 def random_like(vector: PersonaVector) -> PersonaVector:
     """A random vector with the norms of another one."""
     generator = torch.Generator().manual_seed(digest("random", vector.trait) >> 1)
-    directions = torch.randn(len(vector.sites), vector.d_model, generator=generator)
-    scale = vector.norms / directions.norm(dim=-1)
-    return PersonaVector(
-        trait="random",
-        sites=vector.sites,
-        directions=directions * scale[:, None],
-        model_id=vector.model_id,
-    )
+    return random_of_same_norm(vector, generator)
 
 
 def sample(
