@@ -9,6 +9,7 @@ Sources and the output folder must be on a file system that every machine sees.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion
 from pvcore.flag_manifest import fingerprint
 from pvcore.flag_rows import Form
@@ -66,19 +68,24 @@ class Job:
         place = "cuda" if torch.cuda.is_available() else None
         return HookedModel.from_pretrained(self.model, device_map=place)
 
-    def asked(self, model: HookedModel) -> dict[str, Any]:
-        return asked_of(model, self.bank, self.sources, self.settings, None)
+    def asked(self, model: HookedModel, moment: str | None) -> dict[str, Any]:
+        return asked_of(model, self.bank, self.sources, self.settings, None, moment)
+
+    def moment(self, model: HookedModel) -> str | None:
+        """The moment that was written down when the scan began, or now."""
+        return moment_for(model.tokenizer, flag_manifest.asked_before(self.folder))
 
     def scan(self, model: HookedModel) -> Scan:
+        moment = self.moment(model)
         return Scan(
             folder=self.folder,
             model=model,
             bank=self.bank,
             sources=self.sources,
-            reading=reading_of(model, self.settings.form),
+            reading=reading_of(model, self.settings.form, moment),
             settings=self.settings,
             replies=None,
-            mark=fingerprint(self.asked(model)),
+            mark=fingerprint(self.asked(model, moment)),
         )
 
 
@@ -111,25 +118,30 @@ class ShardScanner:
             return held
         with ExitStack() as stack:
             own = scan.own_replies(stack)
-            (made,) = scan.shards(iter([self._portion(scan, number)]), own)
+            (made,) = scan.shards(self._of_shard(scan, number), own)
         assert isinstance(made, Shard), "a portion that is not held is scored"
         write_shard(scan.folder, made)
         return made.footer
 
-    def _portion(self, scan: Scan, number: int) -> Portion:
-        self._wanted = number
-        if number < self._next or self._next == 0:
+    def _of_shard(self, scan: Scan, number: int) -> Iterator[Portion]:
+        self._wanted, begun = number, self._next
+        self._next = 0  # left half-way, the files are read from their beginning
+        if number < begun or begun == 0:
             feed = Feed(
                 sources=scan.sources,
                 reading=scan.reading,
                 shard_rows=scan.settings.shard_rows,
                 held=lambda shard: None if shard == self._wanted else _ELSEWHERE,
             )
-            self._portions, self._next = feed.portions(), 0
+            self._portions = feed.portions()
         for portion in self._portions:
-            self._next = portion.shard + 1
-            if portion.shard == number:
-                return portion
+            if portion.shard != number:
+                continue
+            if portion.ends:
+                self._next = number + 1
+            yield portion
+            if portion.ends:
+                return
         raise FlagError(f"got shard {number}, of which the sources have none; give the same data")
 
 
@@ -212,7 +224,8 @@ def _run(
 
 
 def _asked(job: Job) -> dict[str, Any]:
-    return job.asked(job.load())
+    model = job.load()
+    return job.asked(model, job.moment(model))
 
 
 def _is_held(folder: Path, shard: int, mark: str) -> bool:
@@ -268,6 +281,8 @@ class RowScorer:
         self._bank = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
         self._settings = Settings(form=form or Form(), max_tokens=max_tokens)
         self._loaded: HookedModel | None = None
+        # Every worker goes by the same day, whenever its first batch comes.
+        self._day = datetime.now().date().isoformat()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
@@ -279,7 +294,8 @@ class RowScorer:
         names = list(batch)
         source = Source(name="batch", kind="rows")
         rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        reading = reading_of(self._loaded, self._settings.form)
+        dated = moment_for(self._loaded.tokenizer) is not None
+        reading = reading_of(self._loaded, self._settings.form, self._day if dated else None)
         found, _ = reading.samples([(source, RawRow(at, row, 0.0)) for at, row in enumerate(rows)])
         samples = [one for one in found if isinstance(one, Sample)]
         scorer = Scorer(self._loaded, self._bank, self._settings.tokens_on(self._loaded))

@@ -18,7 +18,7 @@ from pvcore.files import sync_folder
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import RowDefect
 from pvcore.flag_sources import Source
-from pvcore.flag_tables import ROWS, csv_cells
+from pvcore.flag_tables import BUFFER, csv_cells, parquet_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +162,11 @@ def _copy_parquet(source: Source, draft: Path, sieve: _Sieve) -> None:
 
     assert source.path is not None, "only files are tables"
     row = 0
-    with pq.ParquetFile(source.path) as file, pq.ParquetWriter(draft, file.schema_arrow) as out:
-        for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
+    with (
+        pq.ParquetFile(source.path, pre_buffer=False, buffer_size=BUFFER) as file,
+        pq.ParquetWriter(draft, file.schema_arrow) as out,
+    ):
+        for batch in parquet_batches(file):
             mask = pa.array([sieve.keeps(row + at) for at in range(batch.num_rows)], pa.bool_())
             row += batch.num_rows
             out.write_batch(batch.filter(mask))

@@ -1,18 +1,27 @@
-"""The feed of a scan: rows read and tokenised in a thread of their own, ahead of the scoring."""
+"""The feed of a scan: rows read and tokenised in a thread of their own, ahead of the scoring.
+
+A shard is a number of rows, and rows may be long: they pass in portions of so many bytes at most.
+"""
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import chain, count, islice
 from typing import Any, TypeVar
 
 from pvcore.errors import FlagError
 from pvcore.flag_origin import Tally, Witness
 from pvcore.flag_shards import Footer
 from pvcore.flag_sources import RawRow, Source
-from pvcore.flag_tokens import Reading, Rejected, Sample
+from pvcore.flag_tokens import Reading, Rejected, Sample, said_by
 
 T = TypeVar("T")
+# Bytes of rows that pass together: more gains nothing, and a few portions are held at once.
+WINDOW = 1 << 23
+# About what an object of Python takes beside its content.
+OBJECT = 64
 # How long a thread that has nowhere to put its work sleeps before it looks whether anybody is left.
 PATIENCE = 0.2
 
@@ -21,7 +30,10 @@ Row = tuple[Source, RawRow]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Portion:
-    """The rows of one shard: to be scored, or `held` already and then without samples."""
+    """Rows of one shard: to be scored, or `held` already and then without samples.
+
+    `ends` tells the last portion of its shard, whose `digest` is over all rows of the shard.
+    """
 
     shard: int
     held: Footer | None
@@ -29,6 +41,7 @@ class Portion:
     rejected: Sequence[Rejected]
     digest: str
     share: float
+    ends: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +55,18 @@ class Feed:
     witnesses: dict[str, Witness] = field(default_factory=dict)
 
     def portions(self) -> Iterator[Portion]:
-        """Every shard in order."""
-        total = self._weight()
-        for shard, rows in enumerate(_stretches(self._rows(), self.shard_rows)):
-            yield self._portion(shard, rows, self._share(rows[-1], total))
+        """Every shard in order, in one portion or more."""
+        total, rows = self._weight(), self._rows()
+        for shard in count():
+            first = next(rows, None)
+            if first is None:
+                return
+            stretch = chain([first], islice(rows, self.shard_rows - 1))
+            held = self.held(shard)
+            if held is None:
+                yield from self._read(shard, stretch, total)
+            else:
+                yield self._passed(shard, stretch, held, total)
 
     def tallies(self) -> dict[str, Tally]:
         """What came by of each data set, once all portions have."""
@@ -62,15 +83,31 @@ class Feed:
                     witness.see(raw)
                 yield source, raw
 
-    def _portion(self, shard: int, rows: Sequence[Row], share: float) -> Portion:
-        held = self.held(shard)
-        plain = held is not None and all(source.path is not None for source, _ in rows)
-        found: list[Sample | Rejected] = []
-        digest = held.digest if held is not None else ""
-        if not plain:
-            found, digest = self.reading.samples(rows)
-        if held is not None and held.digest != digest:
-            first, last = rows[0], rows[-1]
+    def _read(self, shard: int, rows: Iterator[Row], total: float) -> Iterator[Portion]:
+        digest = sha256()
+        for window, ends in _windows(rows, WINDOW):
+            found, said = self.reading.samples(window, digest)
+            yield Portion(
+                shard=shard,
+                held=None,
+                samples=[one for one in found if isinstance(one, Sample)],
+                rejected=[one for one in found if isinstance(one, Rejected)],
+                digest=said,
+                share=self._share(window[-1], total),
+                ends=ends,
+            )
+
+    def _passed(self, shard: int, rows: Iterator[Row], held: Footer, total: float) -> Portion:
+        """A shard that is there. Files were compared as a whole; rows of data sets are compared."""
+        first = last = next(rows)
+        start = self.sources.index(first[0])
+        known = all(source.path is not None for source in self.sources[start:])
+        digest = sha256()
+        for row in chain([first], rows):
+            last = row
+            if not known:
+                digest.update(said_by(row[0].name, row[1], self.reading.form).mark)
+        if not known and held.digest != digest.hexdigest():
             raise FlagError(
                 f"got other rows between row {first[1].row} of {first[0].name} and row "
                 f"{last[1].row} of {last[0].name} than when they were scored; wanted the same data "
@@ -79,10 +116,11 @@ class Feed:
         return Portion(
             shard=shard,
             held=held,
-            samples=[] if held else [one for one in found if isinstance(one, Sample)],
-            rejected=[] if held else [one for one in found if isinstance(one, Rejected)],
-            digest=digest,
-            share=share,
+            samples=[],
+            rejected=[],
+            digest=held.digest,
+            share=self._share(last, total),
+            ends=True,
         )
 
     def _weight(self) -> float:
@@ -98,15 +136,37 @@ class Feed:
         return passed / total if total else 1.0
 
 
-def _stretches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    stretch: list[Row] = []
+def _windows(rows: Iterable[Row], size: int) -> Iterator[tuple[list[Row], bool]]:
+    """Rows that hold so many bytes together, or one that holds more; and whether they are the last.
+
+    A row is asked for when there is room for it, so that never more than one is held besides.
+    """
+    window: list[Row] = []
+    held = 0
     for row in rows:
-        stretch.append(row)
-        if len(stretch) == size:
-            yield stretch
-            stretch = []
-    if stretch:
-        yield stretch
+        weight = heft(row[1].content, size)
+        if window and held + weight > size:
+            yield window, False
+            window, held = [], 0
+        window.append(row)
+        held += weight
+    if window:
+        yield window, True
+
+
+def heft(content: Any, most: int) -> int:
+    """About how many bytes of memory a row takes; from `most` on it is not counted further."""
+    total, left = 0, [content]
+    while left and total < most:
+        one = left.pop()
+        total += OBJECT
+        if isinstance(one, str | bytes):
+            total += len(one)
+        elif isinstance(one, Mapping):
+            left.extend(one.values())
+        elif isinstance(one, list | tuple):
+            left.extend(one)
+    return total
 
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -16,6 +16,7 @@ NAME = "manifest.json"
 # Projections of one probe differ between machines by rounding, between models by much more.
 PROBE_TOLERANCE = 1e-2
 SHOWN = 6
+HINTS = {"written": " (what the chat template writes of one and the same chat; a date in it?)"}
 
 
 def fingerprint(asked: Mapping[str, Any]) -> str:
@@ -75,6 +76,12 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise FlagError(f"got {folder}, which cannot be written: {error.strerror}") from error
 
 
+def asked_before(folder: Path) -> dict[str, Any] | None:
+    """What the scan in a folder was asked for; None where there is none, or none that is whole."""
+    held = read(folder) if (folder / NAME).exists() else None
+    return None if held is None else dict(held["asked"])
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder: two processes at once would do everything twice. A kill lets go of it.
@@ -112,7 +119,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     for key in [*old, *(key for key in new if key not in old)]:
         if old.get(key) != new.get(key):
             was, now_is = (_brief(side[key]) if key in side else "absent" for side in (old, new))
-            yield f"{key} was {was} and is {now_is}"
+            yield f"{key} was {was} and is {now_is}{HINTS.get(key, '')}"
     if not _alike(*probe):
         yield (
             "the model's projections of a probe were "

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
+
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
 from pvcore.flag_rows import IDS, RowDefect
@@ -68,7 +71,10 @@ class GeneratedReplies:
         missing.sort(key=lambda one: one.prompt_length)
         for first in range(0, len(missing), self._batch_size):
             batch = missing[first : first + self._batch_size]
-            prompts = [one.messages[:-1] for one in batch]
+            # The ids that were scored: a template may print another date by now.
+            prompts = [
+                torch.from_numpy(one.ids[: one.prompt_length].astype(np.int64)) for one in batch
+            ]
             texts = self._model.generate(prompts, **GREEDY, max_new_tokens=self._max_new_tokens)
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
             _keep(path, made)

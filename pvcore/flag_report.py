@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pvcore.errors import PvcoreError
+from pvcore.flag_dates import pinned
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
 from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
@@ -154,7 +155,8 @@ def _highest(
             blocks.append(Note(text=f"The text is not shown: {error}", tone="warning"))
             chats = []
         if chats and model is not None and bank is not None:
-            strips = [_tokens(model, bank, site, chat) for chat in chats]
+            tokenizer = pinned(model.tokenizer, flags.manifest["asked"].get("moment"))
+            strips = [_tokens(model, tokenizer, bank, site, chat) for chat in chats]
             blocks += _strips(trait, rows, chats, strips)
         else:
             blocks.append(_plain(trait, rows, chats))
@@ -171,18 +173,18 @@ Strip = tuple[list[str], dict[str, list[float]]]
 
 
 def _tokens(
-    model: "HookedModel", bank: VectorBank, site: Site, chat: list[dict[str, str]]
+    model: "HookedModel", tokenizer: Any, bank: VectorBank, site: Site, chat: list[dict[str, str]]
 ) -> Strip:
     """The reply's tokens, and the projection of each on every vector of the bank."""
     from pvcore.chats import encode
 
-    encoded = encode(model.tokenizer, chat)
+    encoded = encode(tokenizer, chat)
     start, end = encoded.reply or (0, 0)
-    acts = model.read([chat], sites=[site], span="response", reduce="none")
+    ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
     units = bank.units[bank.sites.index(site)].double()
     scores = (acts[site][0].double() @ units.mT)[:LONGEST_REPLY]
     ids = encoded.ids[start:end][:LONGEST_REPLY]
-    texts = [str(model.tokenizer.decode([token])) for token in ids]
+    texts = [str(tokenizer.decode([token])) for token in ids]
     return texts, {trait: scores[:, k].tolist() for k, trait in enumerate(bank.traits)}
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 from pvcore.errors import FlagError
@@ -43,6 +44,10 @@ ROLES = {
 KEYS = (("role", "content"), ("from", "value"))
 # What a reader of columns needs to load: nothing else of a row is ever looked at.
 KNOWN = frozenset((*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *(name for pair in PAIRS for name in pair)))
+# What a message may hold beside its text; the chat without it would be another.
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+# About a million tokens.
+LONGEST_TEXT, LONGEST_ID = 1 << 22, 1000
 LONGEST_SHOWN = 60
 
 
@@ -80,7 +85,7 @@ class Form:
 
 def conversation(record: object, form: Form) -> list[Message]:
     """The messages of a row, its last one the assistant's. Raises `RowDefect`."""
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict | Mapping):
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
     messages = _messages(record, form)
     if form.turn == "first":
@@ -95,17 +100,24 @@ def conversation(record: object, form: Form) -> list[Message]:
         raise RowDefect(where, "got no user's turn; wanted one before the reply")
     if not messages[-1]["content"].strip():
         raise RowDefect(where, "got an empty reply; wanted text to score")
+    length = sum(len(one["content"]) for one in messages)
+    if length > LONGEST_TEXT:
+        raise RowDefect(where, f"got {length} characters; wanted at most {LONGEST_TEXT}")
     return messages
 
 
 def row_id(record: object) -> str | None:
-    """The row's own id, if it brings one."""
-    if isinstance(record, Mapping):
+    """The row's own id, if it brings one. Raises `RowDefect` for one that is no name any more."""
+    if isinstance(record, dict | Mapping):
         for name in IDS:
             value = record.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
-                return str(value)
+                value = str(value)
             if isinstance(value, str) and value and _is_unicode(value):
+                if len(value) > LONGEST_ID:
+                    raise RowDefect(
+                        name, f"got {len(value)} characters; wanted at most {LONGEST_ID}"
+                    )
                 return value
     return None
 
@@ -115,7 +127,7 @@ def field_of(record: Mapping[object, object], form: Form) -> str:
     if form.answer:
         return form.answer
     held = next((name for name in LISTS if record.get(name) is not None), None)
-    return held or next((b for a, b in PAIRS if a in record and b in record), "")
+    return held or (_pair(record) or ("", ""))[1]
 
 
 def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
@@ -123,17 +135,22 @@ def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
         return _from_pair(record, form.prompt, form.answer)
     for name in LISTS:
         if record.get(name) is not None:
-            listed = _from_list(record[name], name)
-            return listed if listed[0]["role"] == "system" else [*_system(record), *listed]
-    for prompt, answer in PAIRS:
-        if prompt in record and answer in record:
-            return _from_pair(record, prompt, answer)
+            return _with_system(record, _from_list(record[name], name))
+    if pair := _pair(record):
+        return _from_pair(record, *pair)
     names = ", ".join(sorted(map(str, record)))[:200] or "none"
     raise RowDefect(
         "",
         f"got fields {names}; wanted `messages`, `conversations`, or a pair such as `prompt` and "
         "`response`",
     )
+
+
+def _pair(record: Mapping[object, object]) -> tuple[str, str] | None:
+    """The known pair that a row has, rather one that is filled: tables give all columns to all."""
+    there = [(a, b) for a, b in PAIRS if a in record and b in record]
+    filled = [pair for pair in there if all(record[name] is not None for name in pair)]
+    return next(iter([*filled, *there]), None)
 
 
 def _from_list(value: object, name: str) -> list[Message]:
@@ -145,17 +162,30 @@ def _from_list(value: object, name: str) -> list[Message]:
             raise RowDefect(
                 name, f"got {_shown(value)}, which is no JSON; wanted a list of messages"
             ) from None
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+    if not isinstance(value, list) and isinstance(value, Mapping):
+        value = _turned(value)
+    if not isinstance(value, list | Sequence) or isinstance(value, str | bytes):
         raise RowDefect(name, f"got {_shown(value)}; wanted a list of messages")
     if not value:
         raise RowDefect(name, "got no messages; wanted at least two")
     return [_message(entry, f"{name}[{at}]") for at, entry in enumerate(value)]
 
 
+def _turned(value: Mapping[object, object]) -> object:
+    """A list of messages out of one message of lists, as `datasets` keeps sequences of objects."""
+    for keys in KEYS:
+        roles, texts = (value.get(key) for key in keys)
+        if isinstance(roles, list) and isinstance(texts, list):
+            return [dict(zip(keys, pair, strict=True)) for pair in zip_longest(roles, texts)]
+    return value
+
+
 def _message(entry: object, where: str) -> Message:
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, dict | Mapping):  # a dict is known at once, other mappings are not
         raise RowDefect(where, f"got {_shown(entry)}; wanted an object with role and content")
-    keys = next((keys for keys in KEYS if keys[0] in entry), None)
+    there = [keys for keys in KEYS if keys[0] in entry]
+    # Tables give every message the fields of all.
+    keys = next((keys for keys in there if entry[keys[0]] is not None), next(iter(there), None))
     if keys is None:
         raise RowDefect(where, "got neither `role` nor `from`; wanted one of them")
     role = entry[keys[0]]
@@ -163,6 +193,8 @@ def _message(entry: object, where: str) -> Message:
         raise RowDefect(
             f"{where}.{keys[0]}", f"got {_shown(role)}; wanted system, user or assistant"
         )
+    if beside := next((name for name in UNREAD if entry.get(name)), None):
+        raise RowDefect(f"{where}.{beside}", "got more than text; wanted messages of text alone")
     content = _text(entry.get(keys[1]), f"{where}.{keys[1]}")
     return {"role": ROLES[role.strip().casefold()], "content": content}
 
@@ -170,7 +202,7 @@ def _message(entry: object, where: str) -> Message:
 def _from_pair(record: Mapping[object, object], prompt: str, answer: str) -> list[Message]:
     asked, told = record.get(prompt), record.get(answer)
     if isinstance(asked, Sequence) and not isinstance(asked, str | bytes):
-        messages = _from_list(asked, prompt)
+        messages = _with_system(record, _from_list(asked, prompt))
     else:
         question = _text(asked, prompt)
         if not question.strip():
@@ -179,8 +211,26 @@ def _from_pair(record: Mapping[object, object], prompt: str, answer: str) -> lis
             question = "\n\n".join([question, *_context(record)])
         messages = [*_system(record), {"role": "user", "content": question}]
     if isinstance(told, Sequence) and not isinstance(told, str | bytes):
-        return [*messages, *_from_list(told, answer)]
+        return _answered(messages, _from_list(told, answer), answer)
     return [*messages, {"role": "assistant", "content": _text(told, answer)}]
+
+
+def _answered(messages: list[Message], told: list[Message], answer: str) -> list[Message]:
+    """A prompt and the messages that answer it, which may repeat it, as in preference data."""
+    asked = [one for one in messages if one["role"] != "system"]
+    for beginning in (messages, asked):
+        if told[: len(beginning)] == beginning and len(told) > len(beginning):
+            told = told[len(beginning) :]
+            break
+    if told[0]["role"] != "assistant":
+        raise RowDefect(
+            f"{answer}[0]", f"got a turn of role {told[0]['role']!r}; wanted the assistant's reply"
+        )
+    return [*messages, *told]
+
+
+def _with_system(record: Mapping[object, object], listed: list[Message]) -> list[Message]:
+    return listed if listed[0]["role"] == "system" else [*_system(record), *listed]
 
 
 def _system(record: Mapping[object, object]) -> list[Message]:
@@ -196,7 +246,7 @@ def _context(record: Mapping[object, object]) -> list[str]:
 
 
 def _text(value: object, where: str) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if not isinstance(value, str) and isinstance(value, Sequence) and not isinstance(value, bytes):
         # The parts of multimodal messages; only text can be scored.
         parts = [_part(part, f"{where}[{at}]") for at, part in enumerate(value)]
         value = "".join(parts)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pvcore.errors import FlagError
 from pvcore.fingerprints import of_generation, of_weights
+from pvcore.flag_dates import pinned, written
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import Scorer
 from pvcore.flag_sources import Source
@@ -62,8 +63,8 @@ class Settings:
         return CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
 
 
-def reading_of(model: HookedModel, form: Form) -> Reading:
-    """How rows are read for a model."""
+def reading_of(model: HookedModel, form: Form, moment: str | None = None) -> Reading:
+    """How rows are read for a model; at `moment`, where the chat template prints a date."""
     if model.tokenizer is None:
         raise FlagError("got a model without a tokenizer; wanted one to read conversations with")
     if model.tokenizer.chat_template is None:
@@ -75,7 +76,7 @@ def reading_of(model: HookedModel, form: Form) -> Reading:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return Reading(
         form=form,
-        tokenizer=model.tokenizer,
+        tokenizer=pinned(model.tokenizer, moment),
         max_length=getattr(text, "max_position_embeddings", None),
         vocabulary=len(model.hf.get_input_embeddings().weight),
     )
@@ -87,16 +88,9 @@ def asked_of(
     sources: Sequence[Source],
     settings: Settings,
     replies: Source | None,
+    moment: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides about a score, as JSON holds it."""
-    difference: dict[str, Any] = {"kind": settings.difference}
-    if settings.difference == "subset":
-        difference |= {"share": settings.share, "seed": settings.seed}
-    if settings.difference != "approximate" and replies is None:
-        generation = of_generation(model.hf)
-        difference |= {"max_new_tokens": settings.max_new_tokens, "generation": generation}
-    if replies is not None:
-        difference |= {"replies": replies.fingerprint()}
     form = settings.form
     return {
         "sources": {source.name: source.fingerprint() for source in sources},
@@ -116,9 +110,25 @@ def asked_of(
             "probe": probe(model, bank),
         },
         "tokenizer": tokenizer_hash(model.tokenizer),
-        "difference": difference,
+        "written": written(pinned(model.tokenizer, moment)),
+        **({} if moment is None else {"moment": moment}),
+        "difference": _difference_of(model, settings, replies),
         "shard_rows": settings.shard_rows,
     }
+
+
+def _difference_of(
+    model: HookedModel, settings: Settings, replies: Source | None
+) -> dict[str, Any]:
+    difference: dict[str, Any] = {"kind": settings.difference}
+    if settings.difference == "subset":
+        difference |= {"share": settings.share, "seed": settings.seed}
+    if settings.difference != "approximate" and replies is None:
+        generation = of_generation(model.hf)
+        difference |= {"max_new_tokens": settings.max_new_tokens, "generation": generation}
+    if replies is not None:
+        difference |= {"replies": replies.fingerprint()}
+    return difference
 
 
 def probe(model: HookedModel, bank: VectorBank) -> list[float]:

@@ -3,11 +3,13 @@
 A shard is a fixed stretch of rows, so that a resumed scan knows what is done from the names alone.
 Its rejected rows are written first; the scored ones are the commit. Each file's footer holds the
 fingerprint of the scan and its counts: a file that was cut short has no footer and is made again.
+Disks forget single bits: between the rows and Parquet's own footer lies a checksum of all else.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.files import clear_drafts, write_durably
-from pvcore.flag_tokens import Rejected, Sample
+from pvcore.flag_tokens import Rejected, Scored
 
 SCORES, REJECTED, REPLIES = "scores", "rejected", "replies"
 FOLDERS = ("", SCORES, REJECTED, REPLIES)
-KEY = b"pvcore"
+KEY, SEAL, DIGEST = b"pvcore", b"pvcore sha256 ", 32
 KEYS = ("id", "source", "row", "n_prompt_tokens", "n_response_tokens")
 SCORE_KINDS = ("response_mean", "last_prompt_token", "difference")
 
@@ -43,7 +45,7 @@ class Shard:
     """The rows of one shard with their scores `[sample, column]`, NaN where there is none."""
 
     footer: Footer
-    samples: Sequence[Sample]
+    samples: Sequence[Scored]
     rejected: Sequence[Rejected]
     columns: Sequence[str]
     scores: NDArray[Any]
@@ -124,10 +126,8 @@ def footers(folder: Path) -> Iterator[Footer]:
 
 def names(folder: Path) -> Iterator[tuple[str, str, int]]:
     """Id, source and row of every row in a whole shard."""
-    import pyarrow.parquet as pq
-
     for footer in footers(folder):
-        table = pq.read_table(scores_path(folder, footer.shard), columns=["id", "source", "row"])
+        table = _read(scores_path(folder, footer.shard), ["id", "source", "row"])
         yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
@@ -142,12 +142,9 @@ def rejected_tables(folder: Path) -> Iterator[Any]:
 
 
 def _tables(folder: Path, columns: Sequence[str] | None) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
     for path in sorted(folder.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=None if columns is None else list(columns))
+            table = _read(path, columns)
         except (OSError, ValueError) as error:
             raise FlagError(
                 f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); wanted a shard of "
@@ -156,29 +153,52 @@ def _tables(folder: Path, columns: Sequence[str] | None) -> Iterator[Any]:
         yield table
 
 
+def _read(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """A shard's table. Raises `OSError` or `ValueError` for a file that is not what was written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(pa.BufferReader(_verified(path))) as file:
+        return file.read(columns=None if columns is None else list(columns))
+
+
 def _footer(path: Path) -> Footer | None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
-        held = json.loads((metadata.metadata or {})[KEY])
-        found = Footer(**held)
+        metadata = pq.read_metadata(pa.BufferReader(_verified(path)))
+        found = Footer(**json.loads((metadata.metadata or {})[KEY]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     rows = found.rejected if path.parent.name == REJECTED else found.scored
-    return found if metadata.num_rows == rows and _is_whole(path, metadata) else None
+    return found if metadata.num_rows == rows else None
 
 
-def _is_whole(path: Path, metadata: Any) -> bool:
-    """Whether the file is as long as its footer says, and begins as Parquet does."""
-    chunks = [
-        metadata.row_group(group).column(column)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    ]
-    offsets = ((c.dictionary_page_offset or c.data_page_offset, c) for c in chunks)
-    end = max((start + c.total_compressed_size for start, c in offsets), default=4)
-    return bool(end + metadata.serialized_size + 8 <= path.stat().st_size)
+def _sealed(content: bytes) -> bytes:
+    """A Parquet file with its checksum in front of its footer, where readers never look."""
+    place = _footer_place(content)
+    return content[:place] + SEAL + sha256(content).digest() + content[place:]
+
+
+def _verified(path: Path) -> bytes:
+    """The bytes of a sealed file. Raises `ValueError` where any is not what was written.
+
+    Checked before anything is parsed: pyarrow ends the process over some spoiled footers.
+    """
+    content = path.read_bytes()
+    place = _footer_place(content)
+    start = place - len(SEAL) - DIGEST
+    plain = sha256(content[: max(start, 0)])
+    plain.update(content[place:])
+    if start < 0 or content[start:place] != SEAL + plain.digest():
+        raise ValueError("it was cut short, or bytes of it are not those that were written")
+    return content
+
+
+def _footer_place(content: bytes) -> int:
+    """Where Parquet's footer begins: its length stands in front of the last four bytes."""
+    return max(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), 0)
 
 
 def _scores_bytes(shard: Shard) -> bytes:
@@ -223,4 +243,4 @@ def _parquet(table: Any, footer: Footer) -> bytes:
     held = json.dumps(asdict(footer)).encode()
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({KEY: held}), sink, compression="zstd")
-    return bytes(sink.getvalue())
+    return _sealed(bytes(sink.getvalue()))

@@ -15,6 +15,8 @@ from pvcore.flag_rows import RowDefect
 ROWS = 512
 # No row of a CSV may be longer: the reader would take it for two.
 BLOCK = 1 << 23
+# Bytes of a Parquet file that are unpacked together, and those read at once of a column.
+BATCH, BUFFER = 1 << 22, 1 << 20
 # Where a quoted cell begins, what it holds up to its last quote, and what may follow that.
 OPENING = re.compile(rb'(?:^(?:\xef\xbb\xbf)?|(?<=[,\r]))"')
 CELL = re.compile(rb'[^"]*(?:""[^"]*)*')
@@ -90,14 +92,32 @@ def parquet_rows(path: Path, known: frozenset[str]) -> Found:
     """Rows of all row groups in order."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    # Otherwise every column of a row group would be held whole.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
         total = max(file.metadata.num_rows, 1)
         wanted = _wanted(file.schema_arrow.names, known)
+        _each_once(file.schema_arrow.names)
         row = 0
-        for batch in file.iter_batches(batch_size=ROWS, columns=wanted, use_threads=False):
+        for batch in parquet_batches(file, wanted):
             for record in _records(batch):
                 yield row, record, (row + 1) / total
                 row += 1
+
+
+def parquet_batches(file: Any, columns: list[str] | None = None) -> Iterator[Any]:
+    """A Parquet file in batches of some hundred rows, of fewer where rows are long.
+
+    What its writer put on one page, a thousand rows at most, is unpacked together all the same.
+    """
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = BATCH * group.num_rows // max(group.total_byte_size, 1)
+        yield from file.iter_batches(
+            batch_size=max(1, min(ROWS, rows)),
+            row_groups=[number],
+            columns=columns,
+            use_threads=False,
+        )
 
 
 def _records(batch: Any) -> Iterator[Any]:
@@ -131,8 +151,7 @@ def _header(path: Path) -> list[str] | None:
         raise ValueError(
             f"its header is no line of a CSV: {error}; wanted lines that end in LF or CRLF"
         ) from error
-    if len(set(names)) != len(names):
-        raise ValueError(f"got columns {', '.join(names)[:120]}; wanted each name once")
+    _each_once(names)
     return names
 
 
@@ -144,7 +163,9 @@ def check_quotes(path: Path) -> None:
     packed = path.suffix.casefold() == ".gz"
     opened = 0  # the line of the quote that is open
     with gzip.open(path, "rb") if packed else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(BLOCK + 1), b""), start=1):
+            if len(line) > BLOCK:
+                raise ValueError(f"line {number} is longer than {BLOCK} bytes")
             at = 0
             while at < len(line):
                 if not opened:
@@ -160,6 +181,11 @@ def check_quotes(path: Path) -> None:
                 opened = 0
     if opened:
         raise ValueError(f"the quote opened in line {opened} is never closed")
+
+
+def _each_once(names: list[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"got columns {', '.join(names)[:120]}; wanted each name once")
 
 
 def _wanted(names: list[str], known: frozenset[str]) -> list[str]:

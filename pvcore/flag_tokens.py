@@ -5,7 +5,7 @@ template that writes the reply as it is right after the prompt, is done in batch
 other conversation goes through `chats.encode`, which also words the errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -19,13 +19,16 @@ from pvcore.errors import PvcoreError
 from pvcore.flag_rows import Form, Message, RowDefect, conversation, field_of, row_id
 from pvcore.flag_sources import RawRow, Source, decode
 
-# A template that refuses one conversation refuses the batch it is in.
-TOGETHER = 32
+# A template that refuses one conversation refuses the batch it is in. A tokenizer takes a hundred
+# bytes and more for each token while it works.
+TOGETHER, CHARACTERS_TOGETHER = 32, 1 << 19
+LONGEST_REASON = 500
+MOST_CLOSERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One conversation ready to be scored: its token ids and where its reply lies in them.
+class Scored:
+    """What is kept of a conversation once it is scored.
 
     `prompt_length` counts the tokens before the reply; `reply` is the range of the reply's text.
     """
@@ -33,10 +36,27 @@ class Sample:
     id: str
     source: str
     row: int
-    ids: NDArray[np.int32]
     prompt_length: int
     reply: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample(Scored):
+    """One conversation ready to be scored: its token ids, and its text for an own reply."""
+
+    ids: NDArray[np.int32]
     messages: list[Message]
+
+    @property
+    def scored(self) -> Scored:
+        """The same without ids and text."""
+        return Scored(
+            id=self.id,
+            source=self.source,
+            row=self.row,
+            prompt_length=self.prompt_length,
+            reply=self.reply,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +107,14 @@ class Reading:
     max_length: int | None
     vocabulary: int
 
-    def samples(self, raws: Sequence[tuple[Source, RawRow]]) -> tuple[list[Sample | Rejected], str]:
-        """Every row in order as what it became, and a digest of what the rows said."""
-        digest = sha256()
+    def samples(
+        self, raws: Sequence[tuple[Source, RawRow]], digest: Any = None
+    ) -> tuple[list[Sample | Rejected], str]:
+        """Every row in order as what it became, and a digest of what the rows said.
+
+        A `digest` of earlier rows is gone on with.
+        """
+        digest = sha256() if digest is None else digest
         found: list[Sample | Rejected | None] = []
         places: list[int] = []
         texts: list[list[Message]] = []
@@ -116,7 +141,7 @@ class Reading:
         self, name: dict[str, Any], messages: list[Message], field: str, one: Encoded | PvcoreError
     ) -> Sample | Rejected:
         if isinstance(one, PvcoreError):
-            return Rejected(**name, field=field, reason=str(one))
+            return Rejected(**name, field=field, reason=_shortened(str(one)))
         if one.reply is None or one.reply[0] == one.reply[1]:
             return Rejected(**name, field=field, reason="got an empty reply; wanted tokens to read")
         ids = np.asarray(one.ids, dtype=np.int32)
@@ -136,11 +161,32 @@ def encode_many(
 ) -> list[Encoded | PvcoreError]:
     """Each conversation's `chats.encode`, or the error it raises."""
     found: list[Encoded | PvcoreError] = []
-    for first in range(0, len(conversations), TOGETHER):
-        some = conversations[first : first + TOGETHER]
-        for messages, quick in zip(some, _together(tokenizer, some, max_length), strict=True):
+    known: list[str] = []
+    for some in _groups(conversations):
+        together = _together(tokenizer, some, max_length, known)
+        for messages, quick in zip(some, together, strict=True):
             found.append(quick or _alone(tokenizer, messages, max_length))
     return found
+
+
+def _groups(conversations: Sequence[list[Message]]) -> Iterator[list[list[Message]]]:
+    group: list[list[Message]] = []
+    held = 0
+    for messages in conversations:
+        length = sum(len(one["content"]) for one in messages)
+        if len(group) == TOGETHER or (group and held + length > CHARACTERS_TOGETHER):
+            yield group
+            group, held = [], 0
+        group.append(messages)
+        held += length
+    if group:
+        yield group
+
+
+def _shortened(reason: str) -> str:
+    """A template may quote the whole chat in its error."""
+    half = LONGEST_REASON // 2
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:half]} ... {reason[-half:]}"
 
 
 def _alone(
@@ -149,11 +195,13 @@ def _alone(
     try:
         return chats.encode(tokenizer, messages, max_length=max_length)
     except PvcoreError as error:
-        return error
+        # Where it was raised holds the token ids of a row that may be very long.
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
 
 
 def _together(
-    tokenizer: Any, some: Sequence[list[Message]], max_length: int | None
+    tokenizer: Any, some: Sequence[list[Message]], max_length: int | None, known: list[str]
 ) -> list[Encoded | None]:
     """The conversations that are plain cases; None for all others."""
     found: list[Encoded | None] = [None] * len(some)
@@ -161,9 +209,9 @@ def _together(
     if texts is None:
         return found
     places, prompts, wholes, closers = [], [], [], []
-    for place, (messages, prompt, whole, twin) in enumerate(zip(some, *texts, strict=True)):
-        closer = _closer(messages[-1]["content"], prompt, whole, twin)
-        if closer is not None and _begins_apart(tokenizer, closer):
+    for place, (messages, prompt, whole) in enumerate(zip(some, *texts, strict=True)):
+        closer = _closer_of(tokenizer, messages, prompt, whole, known)
+        if closer is not None:
             places.append(place)
             prompts.append(prompt)
             wholes.append(whole)
@@ -171,41 +219,75 @@ def _together(
     if not places:
         return found
     ends = list(dict.fromkeys(closers))
-    rows = tokenizer([*prompts, *wholes, *ends], add_special_tokens=False)["input_ids"]
+    rows = _ids(tokenizer, [*prompts, *wholes, *ends])
     closing = dict(zip(ends, rows[2 * len(places) :], strict=True))
     bos = getattr(tokenizer, "bos_token_id", None)
     for at, (place, closer) in enumerate(zip(places, closers, strict=True)):
-        prompt, ids, after = rows[at], rows[len(places) + at], closing[closer]
+        asked, ids, after = rows[at], rows[len(places) + at], closing[closer]
         end = len(ids) - len(after)
-        apart = prompt and ids[: len(prompt)] == prompt and len(prompt) <= end
+        apart = asked and ids[: len(asked)] == asked and len(asked) <= end
         doubled = bos is not None and ids[:2] == [bos, bos]
         fits = max_length is None or len(ids) <= max_length
         if apart and ids[end:] == after and fits and not doubled:
             found[place] = Encoded(
                 ids=tuple(ids),
-                prompt_length=len(prompt),
-                reply=(len(prompt), end),
+                prompt_length=len(asked),
+                reply=(len(asked), end),
                 source="messages",
             )
     return found
 
 
-def _rendered(
-    tokenizer: Any, some: Sequence[list[Message]]
-) -> tuple[list[str], list[str], list[str]] | None:
-    """Prompts, whole texts, and the texts with another reply in place; None if any is refused."""
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids alone: masks would take as long again."""
+    rows: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+    )["input_ids"]
+    return rows
+
+
+def _rendered(tokenizer: Any, some: Sequence[list[Message]]) -> tuple[list[str], list[str]] | None:
+    """Prompts and whole texts; None if any is refused."""
     if tokenizer.chat_template is None or any(len(messages) < 2 for messages in some):
         return None
     prompts = [messages[:-1] for messages in some]
-    twins = [[*messages[:-1], {**messages[-1], "content": SENTINEL}] for messages in some]
     try:
         return (
             tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True),
             tokenizer.apply_chat_template(list(some), tokenize=False),
-            tokenizer.apply_chat_template(twins, tokenize=False),
         )
     except Exception:
         return None  # said again, in words, for the conversation that is at fault
+
+
+def _closer_of(
+    tokenizer: Any, messages: list[Message], prompt: str, whole: str, known: list[str]
+) -> str | None:
+    """What the template writes after a reply that stands as it is right after the prompt.
+
+    `known` are those found so far: a text that is prompt, reply and one of them is no riddle. For
+    any other, another reply is written in the place of this one.
+    """
+    reply = messages[-1]["content"]
+    if reply == reply.strip():
+        for closer in known:
+            if len(whole) == len(prompt) + len(reply) + len(closer) and (
+                whole.startswith(prompt)
+                and whole.endswith(closer)
+                and whole.startswith(reply, len(prompt))
+            ):
+                return closer
+    twin = [*messages[:-1], {**messages[-1], "content": SENTINEL}]
+    try:
+        around = tokenizer.apply_chat_template(twin, tokenize=False)
+    except Exception:
+        return None
+    found = _closer(reply, prompt, whole, around)
+    if found is None or not _begins_apart(tokenizer, found):
+        return None
+    if found not in known and len(known) < MOST_CLOSERS:
+        known.append(found)
+    return found
 
 
 def _begins_apart(tokenizer: Any, closer: str) -> bool:

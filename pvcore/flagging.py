@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion, ahead
 from pvcore.flag_manifest import fingerprint
 from pvcore.flag_progress import Meter, bar
@@ -37,7 +38,7 @@ from pvcore.flag_shards import (
     write_shard,
 )
 from pvcore.flag_sources import Source, Sources, resolve
-from pvcore.flag_tokens import Reading, Rejected, Sample, encode_many
+from pvcore.flag_tokens import Reading, Rejected, Sample, Scored, encode_many
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
@@ -101,10 +102,12 @@ def _flags(
     progress: bool,
 ) -> Flags:
     given = _replies_source(replies, settings)
-    reading = reading_of(model, settings.form)
+    reading_of(model, settings.form)  # refuses what cannot be read, before a folder is made
     prepare(folder)
     with flag_manifest.alone(folder):
-        asked = asked_of(model, bank, sources, settings, given)
+        moment = moment_for(model.tokenizer, flag_manifest.asked_before(folder))
+        reading = reading_of(model, settings.form, moment)
+        asked = asked_of(model, bank, sources, settings, given, moment)
         manifest = flag_manifest.begin(folder, asked)
         if not _is_done(folder, manifest, sources):
             scan = Scan(
@@ -119,6 +122,16 @@ def _flags(
             )
             flag_manifest.write(folder, {**manifest, "status": "complete", **scan.run(progress)})
     return Flags(folder, sources=sources, model=model, bank=bank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What is left of a portion once it is scored: `scores` are `[sample, column]`."""
+
+    samples: Sequence[Scored]
+    scores: NDArray[Any]
+    rejected: Sequence[Rejected]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,28 +202,48 @@ class Scan:
     ) -> Iterator[Shard | Footer]:
         """Every portion as a scored shard; as its footer alone where it was scored before."""
         scorer = Scorer(self.model, self.bank, self.settings.tokens_on(self.model))
-        columns = score_columns(self.bank.traits, self.bank.sites)
+        parts: list[Part] = []
         for portion in portions:
             if portion.held is not None:
                 yield portion.held
                 continue
-            samples, rejected = list(portion.samples), list(portion.rejected)
-            scores, replied = self._scored(portion.shard, samples, scorer, own)
-            samples, scores, more = _sound(samples, scores, replied, self.bank)
-            rejected = sorted([*rejected, *more], key=self._place)
-            footer = Footer(
-                fingerprint=self.mark,
-                shard=portion.shard,
-                scored=len(samples),
-                rejected=len(rejected),
-                tokens=sum(len(one.ids) for one in samples),
-                digest=portion.digest,
-                share=portion.share if portion.share == portion.share else -1.0,
-            )
-            flat = scores.transpose(0, 2, 1, 3).reshape(len(samples), len(columns))
-            yield Shard(
-                footer=footer, samples=samples, rejected=rejected, columns=columns, scores=flat
-            )
+            parts.append(self._part(portion, scorer, own))
+            if portion.ends:
+                yield self._joined(portion, parts)
+                parts = []
+
+    def _part(self, portion: Portion, scorer: Scorer, own: OwnReplies | None) -> Part:
+        samples = list(portion.samples)
+        scores, replied = self._scored(portion.shard, samples, scorer, own)
+        samples, scores, more = _sound(samples, scores, replied, self.bank)
+        return Part(
+            samples=[one.scored for one in samples],
+            scores=scores.transpose(0, 2, 1, 3).reshape(len(samples), self._width),
+            rejected=[*portion.rejected, *more],
+            tokens=sum(len(one.ids) for one in samples),
+        )
+
+    @property
+    def _width(self) -> int:
+        return len(score_columns(self.bank.traits, self.bank.sites))
+
+    def _joined(self, last: Portion, parts: Sequence[Part]) -> Shard:
+        samples = [one for part in parts for one in part.samples]
+        rejected = sorted((one for part in parts for one in part.rejected), key=self._place)
+        columns = score_columns(self.bank.traits, self.bank.sites)
+        footer = Footer(
+            fingerprint=self.mark,
+            shard=last.shard,
+            scored=len(samples),
+            rejected=len(rejected),
+            tokens=sum(part.tokens for part in parts),
+            digest=last.digest,
+            share=last.share if last.share == last.share else -1.0,
+        )
+        scores = np.concatenate([part.scores for part in parts])
+        return Shard(
+            footer=footer, samples=samples, rejected=rejected, columns=columns, scores=scores
+        )
 
     def _place(self, row: Rejected) -> tuple[int, int]:
         names = [source.name for source in self.sources]
@@ -356,4 +389,4 @@ def _is_done(folder: Path, manifest: dict[str, Any], sources: Sequence[Source]) 
     if manifest["status"] != "complete" or any(source.path is None for source in sources):
         return False
     wanted = manifest["totals"]["shards"]
-    return [footer.shard for footer in footers(folder)] == list(range(wanted))
+    return all(footer_of(folder, shard) is not None for shard in range(wanted))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pvcore import flag_rows
 from pvcore.errors import FlagError
 from pvcore.flag_rows import Form, RowDefect, conversation, row_id
 
@@ -45,6 +46,27 @@ PLAIN = Form()
             [ASK, TELL],
         ),
         ({"messages": None, "prompt": "Q", "response": "A"}, [ASK, TELL]),
+        ({"prompt": [ASK], "completion": [TELL], "system": "S"}, [SYSTEM, ASK, TELL]),
+        # Tables give every row the columns of all, and every message the fields of all.
+        (
+            {"prompt": None, "response": None, "question": "Q", "answer": "A"},
+            [ASK, TELL],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": None, "content": None, "from": "human", "value": "Q"},
+                    {"role": "assistant", "content": "A", "from": None, "value": None},
+                ]
+            },
+            [ASK, TELL],
+        ),
+        ({"messages": {"role": ["user", "assistant"], "content": ["Q", "A"]}}, [ASK, TELL]),
+        (
+            {"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}},
+            [ASK, TELL],
+        ),
+        ({"messages": [{**ASK, "tool_calls": None}, {**TELL, "tool_calls": []}]}, [ASK, TELL]),
     ],
 )
 def test_a_form_is_recognised(record: Any, wanted: Any) -> None:
@@ -60,6 +82,51 @@ def test_columns_of_ones_own_go_before_known_ones() -> None:
         conversation({"messages": [ASK, TELL]}, form)
     with pytest.raises(FlagError, match="both or neither"):
         Form(answer="a")
+
+
+def test_an_answer_that_repeats_its_prompt_asks_it_once() -> None:
+    """Sets of preferences keep the prompt, and whole conversations beside it."""
+    form = Form(prompt="prompt", answer="chosen")
+    for record, wanted in (
+        ({"prompt": "Q", "chosen": [ASK, TELL]}, [ASK, TELL]),
+        ({"prompt": "Q", "chosen": [TELL]}, [ASK, TELL]),
+        ({"prompt": "Q", "system": "S", "chosen": [ASK, TELL]}, [SYSTEM, ASK, TELL]),
+        ({"prompt": [SYSTEM, ASK], "chosen": [SYSTEM, ASK, TELL]}, [SYSTEM, ASK, TELL]),
+        ({"prompt": "Q", "chosen": [TELL, ASK, TELL]}, [ASK, TELL, ASK, TELL]),
+    ):
+        assert conversation(record, form) == wanted
+    for chosen in ([{**ASK, "content": "another"}, TELL], [ASK]):
+        with pytest.raises(RowDefect, match=r"chosen\[0\]: got a turn of role 'user'"):
+            conversation({"prompt": "Q", "chosen": chosen}, form)
+
+
+@pytest.mark.parametrize(
+    ("beside", "value"),
+    [
+        ("tool_calls", [{"function": {"name": "f", "arguments": "{}"}}]),
+        ("function_call", {"name": "f"}),
+        ("reasoning_content", "First, ..."),
+    ],
+)
+@pytest.mark.parametrize("content", [None, "", "A"])
+def test_a_message_of_more_than_text_is_rejected_and_not_cut(
+    beside: str, value: Any, content: Any
+) -> None:
+    turns = [ASK, {**TELL, "content": content, beside: value}, ASK, TELL]
+    with pytest.raises(RowDefect) as caught:
+        conversation({"messages": turns}, PLAIN)
+    assert caught.value.field == f"messages[1].{beside}"
+
+
+def test_what_no_model_reads_and_no_file_should_name_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flag_rows, "LONGEST_TEXT", 10)
+    assert conversation({"prompt": "Q" * 4, "response": "A" * 6}, PLAIN)
+    with pytest.raises(RowDefect, match="response: got 11 characters; wanted at most 10"):
+        conversation({"prompt": "Q" * 5, "response": "A" * 6}, PLAIN)
+    with pytest.raises(RowDefect, match="uuid: got 1001 characters; wanted at most 1000"):
+        row_id({"uuid": "u" * 1001})
 
 
 def test_the_first_reply_may_be_the_one_that_counts() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
+import pyarrow.parquet as pq
 import pytest
 
 import pvcore as pv
@@ -93,6 +95,34 @@ def test_no_cut_leaves_a_shard_that_passes_for_whole(tmp_path: Path, which: Any)
         assert footer_of(tmp_path, 0) is None
     path.write_bytes(whole)
     assert footer_of(tmp_path, 0) == shard().footer
+
+
+@pytest.mark.parametrize("which", [scores_path, rejected_path])
+def test_no_spoiled_byte_passes_for_what_was_written(tmp_path: Path, which: Any) -> None:
+    """Every byte in turn is another."""
+    prepare(tmp_path)
+    write_shard(tmp_path, shard())
+    path = which(tmp_path, 0)
+    whole = path.read_bytes()
+    reader = tables if which is scores_path else rejected_tables
+    (wanted,) = (table.to_pylist() for table in reader(tmp_path))
+    assert len(wanted) == (3 if which is scores_path else 2)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        assert footer_of(tmp_path, 0) is None
+        if at % 50 == 0:
+            with pytest.raises(FlagError, match=path.name):
+                list(reader(tmp_path))
+    path.write_bytes(whole)
+    assert footer_of(tmp_path, 0) == shard().footer
+
+
+def test_others_read_a_sealed_file_as_parquet(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    write_shard(tmp_path, shard())
+    found = pandas.read_parquet(scores_path(tmp_path, 0))
+    assert found["row"].tolist() == [0, 1, 2]
+    assert pq.read_table(tmp_path / "scores").num_rows == 3
 
 
 def test_shards_that_are_empty_or_have_nothing_rejected(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pvcore import flag_sources, flag_tables
@@ -188,6 +191,74 @@ def test_blocks_of_a_csv_are_joined_without_a_seam(
             assert raw.content == {"prompt": f"p{raw.row}", "response": f"r {raw.row}\n"}
         else:
             assert isinstance(raw.content, RowDefect)
+
+
+def test_long_rows_of_a_parquet_file_are_unpacked_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{at}", "response": os.urandom(1 << 19).hex()} for at in range(40)]
+    path = tmp_path / "d.parquet"
+    for size in (40, 7):  # rows of a group
+        held = pa.Table.from_pylist(rows)
+        pq.write_table(held, path, row_group_size=size, use_dictionary=False, write_batch_size=2)
+        del held
+        gc.collect()
+        (source,) = resolve(path)
+        before, most = pa.total_allocated_bytes(), 0
+        for raw, wanted in zip(source.rows(KNOWN), rows, strict=True):
+            assert raw.content == wanted
+            most = max(most, pa.total_allocated_bytes() - before)
+        # A batch and the page it is taken from, which are not cut; all rows are 40 MiB.
+        assert most <= 14 << 20
+
+
+def test_columns_of_one_name_are_refused_in_any_table(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    table = pa.Table.from_arrays(columns, names=["prompt", "response", "response"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(SourceError, match="wanted each name once"):
+        records(tmp_path / "d.parquet")
+
+
+def test_a_csv_without_line_ends_is_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_tables, "BLOCK", 1000)
+    (tmp_path / "d.csv").write_text("prompt,response\na,b\nc," + "d" * 5000)
+    with pytest.raises(SourceError, match="line 3 is longer than 1000 bytes"):
+        records(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_and_misfits_leave_every_row_of_a_csv_in_its_place(
+    tmp_path: Path, end: str
+) -> None:
+    lines = ["prompt,response", "a,1", "", "b,2", "only one", "", "", "c,3", "x,y,z", "d,4", ""]
+    (tmp_path / "d.csv").write_bytes(end.join(lines).encode())
+    (source,) = resolve(tmp_path / "d.csv")
+    rows = list(source.rows(KNOWN))
+    assert [raw.row for raw in rows] == list(range(6))
+    said = [raw.content if isinstance(raw.content, dict) else "?" for raw in rows]
+    assert [one if one == "?" else one["prompt"] for one in said] == ["a", "b", "?", "c", "?", "d"]
+
+
+def test_a_header_of_two_lines_is_one_error_or_read(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('"a\nnote",prompt,response\nx,q,r\n')
+    try:
+        found = records(tmp_path / "d.csv")
+    except SourceError as error:
+        found = [str(error)]
+        assert "d.csv" in found[0]
+    else:
+        assert found == [{"prompt": "q", "response": "r"}]
+
+
+def test_a_file_of_several_gzip_members_is_read_to_its_end(tmp_path: Path) -> None:
+    parts = [json.dumps(row).encode() + b"\n" for row in PAIRS]
+    packed = b"".join(map(gzip.compress, (b"".join(parts[:11]), b"", b"".join(parts[11:]))))
+    (tmp_path / "d.jsonl.gz").write_bytes(packed + b"\0" * 64)
+    assert records(tmp_path / "d.jsonl.gz") == PAIRS
+    plain = write_csv(tmp_path / "d.csv", PAIRS).read_bytes()
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(plain[:300]) + gzip.compress(plain[300:]))
+    assert records(tmp_path / "d.csv.gz") == PAIRS
 
 
 def test_a_file_is_known_by_its_content_alone(tmp_path: Path) -> None:

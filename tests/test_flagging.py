@@ -122,6 +122,21 @@ def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
     assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
 
 
+def test_a_shard_that_a_disk_has_spoiled_is_made_again(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    wanted = scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8))
+    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    for path, held in before.items():
+        middle = len(held) // 4
+        path.write_bytes(held[:middle] + bytes([held[middle] ^ 1]) + held[middle + 1 :])
+        with pytest.raises(FlagError, match=path.name):
+            list(pv.Flags.load(out).tables()) + list(pv.Flags.load(out).rejected())
+        assert scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8)) == wanted
+    assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
