@@ -14,8 +14,9 @@ from torch.compiler import is_dynamo_compiling
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import begin_frame, goes_on
+from pvcore.recomputes import Recomputes
 from pvcore.resident import Resident, traces
-from pvcore.sessions import ARMED, ARMINGS, RUN, Recomputes, Run, session_on
+from pvcore.sessions import ARMED, ARMINGS, RUN, Run, session_on
 from pvcore.sites import Site, resid_post, resid_pre
 
 _KEYS = count()

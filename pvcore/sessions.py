@@ -4,7 +4,7 @@ A session belongs to the thread or task that armed it; a run of it belongs to on
 """
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from pvcore.errors import HookError, PlanError
 from pvcore.frames import Call, Frame, Outcome
@@ -23,6 +22,8 @@ Rows = Float[Tensor, "batch pos d_model"]
 
 # Given a residual, and the place of its site among the reader's sites.
 Take = Callable[[int, Rows], None]
+# Given a residual: what it becomes, or None where it stays.
+Way = Callable[[Tensor], Tensor | None]
 
 
 @runtime_checkable
@@ -43,6 +44,17 @@ class Reader(Protocol):
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         """The call is over; None when it failed."""
+
+
+@runtime_checkable
+class Collector(Reader, Protocol):
+    """A reader that keeps the newest rows of decode steps until somebody wants them."""
+
+    def columns(self, frame: Frame) -> Sequence[list[Tensor]]:
+        """For each site a list, the same one for a whole call, that is given the site's residual.
+
+        What is in them may be taken out between forwards, and only by emptying them all.
+        """
 
 
 @runtime_checkable
@@ -75,6 +87,15 @@ class _Look(NamedTuple):
     before: bool
 
 
+def _looks(readers: Sequence[Reader]) -> dict[Site, tuple[_Look, ...]]:
+    looks: dict[Site, tuple[_Look, ...]] = {}
+    for index, reader in enumerate(readers):
+        for place, site in enumerate(reader.sites):
+            look = _Look(reader=index, place=place, before=reader.before)
+            looks[site] = (*looks.get(site, ()), look)
+    return looks
+
+
 class Session:
     """One armed plan: its programs and readers, on top of the sessions armed before it."""
 
@@ -99,11 +120,7 @@ class Session:
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
         for site, program in programs.items():
             self.programs[site] = (*self.programs.get(site, ()), program)
-        looks: dict[Site, tuple[_Look, ...]] = {}
-        for index, reader in enumerate(self.readers):
-            for place, site in enumerate(reader.sites):
-                look = _Look(reader=index, place=place, before=reader.before)
-                looks[site] = (*looks.get(site, ()), look)
+        looks = _looks(self.readers)
         sites = sorted({*self.programs, *looks})
         # By depth, because a number is found faster than a site, at every block of every token.
         self.work = {
@@ -114,6 +131,11 @@ class Session:
         self.stop_at = None if deepest is None else deepest.depth
         self.expected = tuple(site for site in sites if deepest is None or site <= deepest)
         self.trail = [site.depth for site in self.expected]
+        self.steered = [site.depth for site in self.expected if site in self.programs]
+        # Whether decode steps need nobody to be asked again: what is done at a site is settled.
+        self.settles = stop_at is None and all(
+            isinstance(reader, Collector) and not reader.before for reader in self.readers
+        )
 
     def over(self, outer: "Session | None") -> "Session":
         """The same session on top of another."""
@@ -150,7 +172,21 @@ class Session:
 class Run:
     """A session acting in one forward."""
 
-    __slots__ = ("_shape", "_takes", "_trail", "ended", "frame", "owner", "session", "within")
+    __slots__ = (
+        "_columns",
+        "_flat",
+        "_held",
+        "_settled",
+        "_shape",
+        "_takes",
+        "_trail",
+        "ended",
+        "frame",
+        "owner",
+        "session",
+        "straight",
+        "within",
+    )
 
     def __init__(
         self, session: Session, frame: Frame, owner: int, within: "Run | None" = None
@@ -161,17 +197,60 @@ class Run:
         self._takes = [reader.begin(frame) for reader in session.readers]
         self._trail: list[int] = []
         self._shape: torch.Size | None = None
+        self._flat = False
         self.ended = False
+        # While a settled step runs: what to call with the residual at each depth.
+        self.straight: Mapping[int, Way] | None = None
+        self._settled: Mapping[int, Way] | None = None
+        self._columns: list[Sequence[list[Tensor]]] = []
+        self._held: list[int] = []
 
     def begin_step(self) -> None:
-        """Act in the next decode step of the same call: only its column is new."""
+        """Act in the next decode step of the same call: only its column is new.
+
+        The first step was asked in full; from then on each site has its way, and next to nothing
+        is looked up on it.
+        """
         self.frame.start += 1
         self._trail = []
-        self._takes = [reader.begin(self.frame) for reader in self.session.readers]
         self.ended = False
+        if self._settled is None and self.session.settles and not self._flat:
+            self._columns = [
+                reader.columns(self.frame)
+                for reader in self.session.readers
+                if isinstance(reader, Collector)
+            ]
+            self._settled = {depth: self._way(depth) for depth in self.session.trail}
+        if self._settled is not None:
+            self._held = [len(columns[0]) for columns in self._columns]
+            self.straight = self._settled
+        else:
+            self._takes = [reader.begin(self.frame) for reader in self.session.readers]
+
+    def _way(self, depth: int) -> Way:
+        programs, looks = self.session.work[depth]
+        sinks = [self._columns[look.reader][look.place].append for look in looks]
+        if not programs and len(sinks) == 1:
+            return sinks[0]
+        moves = [move for move in (one.settled(self.frame) for one in programs) if move is not None]
+
+        def way(h: Tensor) -> Tensor | None:
+            if programs:
+                self._trail.append(depth)
+            moved = h
+            for move in moves:
+                moved = move(moved)
+            for sink in sinks:
+                sink(moved)
+            return None if moved is h else moved
+
+        return way
 
     def fire(self, depth: int, h: Tensor) -> Tensor | None:
         """Patch, then read. None leaves the residual as it is."""
+        if self.straight is not None:
+            way = self.straight.get(depth)
+            return None if way is None else way(h)
         work = self.session.work.get(depth)
         if work is None:
             return None
@@ -197,6 +276,7 @@ class Run:
         """The residual as `[batch, pos, d_model]`; checked once for all that have its shape."""
         frame = self.frame
         rows = h if h.ndim == 3 else h.reshape(frame.batch, -1, h.shape[-1])
+        self._flat = self._flat or rows is not h
         if rows.shape[:2] != (frame.batch, frame.width):
             site = next(site for site in self.session.expected if site.depth == depth)
             raise HookError(
@@ -208,16 +288,34 @@ class Run:
 
     def end(self) -> None:
         """Check that every site fired exactly once, then let the readers finish."""
-        if self._trail != self.session.trail:
-            self._refuse_trail()
+        if self.straight is not None:
+            self.straight = None
+            self._check_settled()
+        elif self._trail != self.session.trail:
+            self._refuse_trail(Counter(self._trail))
         self.ended = True
         self.session.count_forward()
         for reader in self.session.readers:
             reader.end(self.frame)
 
-    def _refuse_trail(self) -> None:
-        """Blocks may run in an order of their own, but each once."""
+    def _check_settled(self) -> None:
+        fits = len(self._trail) == len(self.session.steered) == len(set(self._trail))
+        for columns, held in zip(self._columns, self._held, strict=True):
+            for column in columns:
+                fits = fits and len(column) == held + 1
+        if fits:
+            return
         fired = Counter(self._trail)
+        for reader, columns, held in zip(
+            self.session.readers, self._columns, self._held, strict=True
+        ):
+            for site, column in zip(reader.sites, columns, strict=True):
+                if site not in self.session.programs:
+                    fired[site.depth] = len(column) - held
+        self._refuse_trail(fired)
+
+    def _refuse_trail(self, fired: Mapping[int, int]) -> None:
+        """Blocks may run in an order of their own, but each once."""
         wrong = [site for site in self.session.expected if fired[site.depth] != 1]
         if wrong:
             counts = ", ".join(f"{site}: {fired[site.depth]}" for site in wrong)
@@ -294,53 +392,3 @@ def hold(session: Session, owner: int) -> Callable[[], None]:
         ARMED.set((others if left is None else {**others, owner: left}) or None)
 
     return release
-
-
-class Recomputes:
-    """Which run patched a checkpointed block, for the backward pass that recomputes it.
-
-    Backward passes run later, in other threads and in any order, so neither a context variable
-    nor the newest forward tells. The block is given the very tensor it was given before: its
-    storage does, as long as that lives. Entries whose backward never comes go with it.
-    """
-
-    LIMIT = 1 << 16
-
-    def __init__(self) -> None:
-        # Public, because an idle tap looks at every block whether there are any.
-        self.runs: OrderedDict[tuple[Site, int], tuple[StorageWeakRef, Run]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def remember(self, site: Site, given: Tensor, run: Run) -> None:
-        storage = StorageWeakRef(given.untyped_storage())  # type: ignore[no-untyped-call]
-        with self._lock:
-            self.runs[site, given.data_ptr()] = storage, run
-            self.runs.move_to_end((site, given.data_ptr()))
-            if len(self.runs) > self.LIMIT:
-                self.runs.popitem(last=False)
-
-    def find(self, site: Site, given: Tensor) -> Run | None:
-        """The run that patched the block given this tensor; None where nothing did.
-
-        An address says nothing by itself: another tensor may have taken it over.
-        """
-        known = self.runs.get((site, given.data_ptr()))
-        if known is None or known[0].cdata != given.untyped_storage()._cdata:
-            return None
-        return known[1]
-
-    def forget(self, site: Site, given: Tensor) -> None:
-        """An unpatched forward was given this address: what was there before is gone."""
-        with self._lock:
-            self.runs.pop((site, given.data_ptr()), None)
-
-    def prune(self) -> None:
-        """Let go of blocks whose tensors are gone: no backward pass can recompute them."""
-        with self._lock:
-            gone = [key for key, (storage, _) in self.runs.items() if _expired(storage)]
-            for key in gone:
-                del self.runs[key]
-
-
-def _expired(storage: StorageWeakRef) -> bool:
-    return bool(storage.expired())  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from pvcore.frames import Call, Outcome, running
 from pvcore.hooks import Begin, End, Mid, Post, Pre, Tapped
 from pvcore.programs import SiteProgram
 from pvcore.resident import traces
-from pvcore.sessions import ARMED, ARMINGS, Reader, Session, disarm, session_on
+from pvcore.sessions import ARMED, ARMINGS, RUN, Reader, Session, disarm, session_on
 from pvcore.sessions import hold as hold_session
 from pvcore.sites import Site, resid_post, resid_pre
 from pvcore.turns import Turn
@@ -56,7 +56,13 @@ class Taps(Tapped):
             undo.callback(first.remove)
             if lanes.safe():
                 for block, after in posts:
-                    lanes.give_lane(block, after=after)
+                    lanes.give_block_lane(
+                        block,
+                        after=after,
+                        place=(self.key, after[1].depth),
+                        running=RUN.get,
+                        recomputes=self.recomputes.runs,
+                    )
                 lanes.give_lane(decoder.owner, before=(first, begin), after=(last, end))
             # Taken off again only where the decoder's blocks have changed.
             self._off = undo.pop_all()
