@@ -6,7 +6,7 @@ from collections import OrderedDict
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pvcore.sessions import Run
+from pvcore.runs import Run
 from pvcore.sites import Site
 
 

@@ -15,7 +15,7 @@ import pvcore as pv
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
 from pvcore.recomputes import Recomputes
-from pvcore.sessions import Run
+from pvcore.runs import Run
 from tests.families import build
 from tests.finetuning import vector as strong
 from tests.test_plan import vector
