@@ -141,4 +141,5 @@ def _told(cell: Cell | None) -> str:
 def _percent(one: Change) -> str:
     if one.share is None:
         return NONE
-    return f"{one.share:+.1%}".replace("-", MINUS)
+    # Adding zero to what was rounded takes the sign off a change too small to show.
+    return f"{round(one.share, 3) + 0.0:+.1%}".replace("-", MINUS)

@@ -90,6 +90,8 @@ def test_the_table_shows_old_new_and_change() -> None:
     assert "| a/never/time | unsupported | unsupported | – |  |" in lines
     assert "1 of 5 figures changed by more than both spreads." in lines[0]
     assert lines[-1] == "Other versions: torch 2.12.0 then, 2.13.0 now."
+    still = replace(NEW, cells={"a/far/time": cell(1.0, 1.0999, 1.2)})
+    assert "| +0.0% |  |" in summary(OLD, still, "v1")
     back = summary(NEW, OLD, "v1")
     assert f"| −20.0% | {MARK} |" in back
 
