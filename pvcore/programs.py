@@ -177,6 +177,8 @@ class SiteProgram:
 
     def settled(self, frame: Frame) -> Move | None:
         """What `apply` does in the decode steps after `frame`, one of them, which it acted in."""
+        if self not in frame.call.steady:
+            return lambda h: self.apply(h, frame)
         move: Move | None = frame.call.steady[self]
         return move
 
