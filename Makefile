@@ -44,6 +44,7 @@ test-gpu:
 
 bench-gpu:
 	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_kernels
+	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_grid
 
 # Writes kernels/pvcore_kernels/tuned/<this GPU>.json.
 tune-gpu:

@@ -18,10 +18,14 @@ from pvcore.chats import as_chats, encode_all, pad
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """New tokens, and the watched projections as a table made only when asked for."""
+    """New tokens, and the watched projections as tables made only when asked for.
+
+    `prompt` counts each chat's own tokens from 0.
+    """
 
     tokens: Int[Tensor, "chat step"]
     scores: Callable[[], Float[Tensor, "step layer chat n_vec"]] | None = None
+    prompt: Callable[[], Float[Tensor, "position layer chat n_vec"]] | None = None
 
 
 Run = Callable[..., Reply]

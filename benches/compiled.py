@@ -11,8 +11,10 @@ import pvcore as pv
 from benches import lockstep, record, rounds
 from benches.arms import Reply, Task
 from benches.arms_checks import differing, projection_error
+from benches.engines import compiled_run
+from benches.loading import called, loaded
 from benches.overhead import ROWS as WORDS
-from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
+from benches.random_models import Shape, random_prompts, random_vectors, twin
 from benches.record import Cell, Check, Record
 
 NAME = "compiled"
@@ -34,6 +36,7 @@ class Settings:
     """How much is measured. `backend` is that of `torch.compile` on both sides."""
 
     shape: Shape = QWEN_HALF
+    model: str | None = None
     vectors: int = 128
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 16
@@ -51,31 +54,25 @@ QUICK = Settings(
     generations=1,
     backend="eager",
 )
-# The engine's shortest cache: plain generation is given one of the same length.
-CACHE = 256
 
 
 class Ways:
     """Each way to generate, on a twin of its own: a model keeps one compiled generation."""
 
     def __init__(self, settings: Settings, batch: int) -> None:
-        from transformers import GenerationConfig
-
         self.settings, self.batch = settings, batch
-        plain = random_qwen2(settings.shape, seed=settings.seed)
-        plain.generation_config = GenerationConfig(pad_token_id=0)
-        layers = range(settings.shape.layers)
+        plain = loaded(settings.model, settings.shape, seed=settings.seed)
+        config = plain.config.get_text_config()
+        layers = range(config.num_hidden_layers)
         traits = [f"trait {number}" for number in range(settings.vectors)]
         lengths = [settings.prompt_tokens - row % 4 for row in range(batch)]
         task = Task(
             plain=plain,
             model=pv.HookedModel(twin(plain), model_id=""),
-            vectors=random_vectors(
-                settings.shape.hidden, layers, traits=traits, seed=settings.seed
-            ),
-            prompts=random_prompts(lengths, settings.shape.vocabulary, seed=settings.seed),
+            vectors=random_vectors(config.hidden_size, layers, traits=traits, seed=settings.seed),
+            prompts=random_prompts(lengths, config.vocab_size, seed=settings.seed),
             new_tokens=settings.new_tokens,
-            layer=settings.shape.layers // 2,
+            layer=len(layers) // 2,
             coeff=0.0,
         )
         self.task = replace(task, coeff=self._telling(task))
@@ -103,19 +100,7 @@ class Ways:
 
     def _compiled(self, hf: Any) -> Run:
         """transformers' own compiled generation on a static cache."""
-        from transformers import CompileConfig, StaticCache
-
-        cache = StaticCache(config=hf.config, max_cache_len=CACHE)
-        how = CompileConfig(backend=self.settings.backend, fullgraph=True, mode=None)
-        # transformers compiles on accelerators only, unless told so.
-        how._compile_all_devices = True
-
-        def run(**extra: Any) -> Reply:
-            cache.reset()
-            given = {"past_key_values": cache, "compile_config": how}
-            return Reply(tokens=self.task.plainly(hf, {**given, **extra}))
-
-        return run
+        return compiled_run(self.task, hf, pv.Graph(backend=self.settings.backend))
 
     def _graphed(
         self, arming: Callable[[pv.HookedModel], AbstractContextManager[pv.Seen | None]]
@@ -164,9 +149,10 @@ def measure(settings: Settings, *, command: str) -> Record:
     ways = {batch: Ways(settings, batch) for batch in settings.batches}
     checks = {name: one for way in ways.values() for name, one in way.checks().items()}
     wrong = [name for name, one in checks.items() if not one.passed]
+    first = ways[settings.batches[0]].task
     cells: dict[str, Cell] = {}
-    for batch, way in ways.items():
-        labels = _labels(batch, settings)
+    for way in ways.values():
+        labels = _labels(way)
         if wrong:
             cells |= {label: Cell(status="failed", reason=wrong[0]) for label in labels.values()}
         else:
@@ -177,16 +163,18 @@ def measure(settings: Settings, *, command: str) -> Record:
         commit=record.commit(),
         date=record.today(),
         versions=record.versions(),
-        device=record.device(torch.device("cpu")),
-        workload=_workload(settings),
+        device=record.device(first.model.device),
+        workload=_workload(settings, first),
         checks=checks,
         cells=cells,
     )
 
 
-def _labels(batch: int, settings: Settings) -> dict[str, str]:
-    counts = {"vectors": settings.vectors, "layers": settings.shape.layers}
-    return {name: f"batch {batch}/{row.format(**counts)}/{COLUMN}" for name, row in ROWS.items()}
+def _labels(way: Ways) -> dict[str, str]:
+    counts = {"vectors": way.settings.vectors, "layers": way.task.model.n_layers}
+    return {
+        name: f"batch {way.batch}/{row.format(**counts)}/{COLUMN}" for name, row in ROWS.items()
+    }
 
 
 def _timed(way: Ways, labels: Mapping[str, str], settings: Settings) -> dict[str, Cell]:
@@ -204,17 +192,17 @@ def _timed(way: Ways, labels: Mapping[str, str], settings: Settings) -> dict[str
     }
 
 
-def _workload(settings: Settings) -> dict[str, record.Plain]:
+def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
     return {
         "ratio": (
             "CPU time of all that follows the first token, beside transformers' compiled "
             "generation on the same weights, the ways taking turns after each token"
         ),
-        "model": "Qwen2, random weights",
-        "hidden": settings.shape.hidden,
-        "layers": settings.shape.layers,
-        "vocabulary": settings.shape.vocabulary,
-        "dtype": "float32",
+        "model": called(settings.model, task.plain.config),
+        "hidden": task.model.d_model,
+        "layers": task.model.n_layers,
+        "vocabulary": int(task.plain.config.vocab_size),
+        "dtype": str(task.model.dtype).removeprefix("torch."),
         "backend": settings.backend,
         "prompt tokens": settings.prompt_tokens,
         "new tokens": settings.new_tokens,

@@ -3,20 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from statistics import median
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import pvcore as pv
 from benches import lockstep, record, rounds
 from benches.arms import Task
 from benches.arms_checks import check
-from benches.random_models import Shape, random_prompts, random_qwen2, random_vectors, twin
+from benches.loading import called, loaded
+from benches.random_models import Shape, random_prompts, random_vectors, twin
 from benches.record import Cell, Check, Record
 
 NAME = "overhead"
@@ -98,21 +94,8 @@ def tasks_of(settings: Settings) -> dict[int, Task]:
 
 def _subjects(settings: Settings) -> tuple[Any, pv.HookedModel]:
     """A model that pvcore never meets, and a twin that it hooks."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if settings.model is None:
-        plain = random_qwen2(settings.shape, seed=settings.seed)
-    elif settings.model.endswith(".json"):
-        torch.manual_seed(settings.seed)
-        config = AutoConfig.from_pretrained(settings.model)
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    else:
-        plain = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    plain = plain.to("cuda" if on_gpu and settings.model else "cpu").eval()
-    # The model's own habits of sampling and of ending would make replies of different lengths.
-    plain.generation_config = GenerationConfig(pad_token_id=0)
+    on_gpu = torch.cuda.is_available() and settings.model is not None
+    plain = loaded(settings.model, settings.shape, seed=settings.seed, on_gpu=on_gpu)
     return plain, pv.HookedModel(twin(plain), model_id="")
 
 
@@ -184,23 +167,6 @@ def _whole(arm: Callable[..., object]) -> None:
     arm()
 
 
-def stepping(arm: Callable[..., object], *, on_gpu: bool) -> rounds.Job:
-    """The arm, and how long its median decode step took: a burst elsewhere hits few steps."""
-    from transformers import LogitsProcessorList
-
-    class Ticks(list[float]):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            self.append(perf_counter() if on_gpu else process_time())
-            return scores
-
-    def job() -> float:
-        ticks = Ticks()
-        arm(logits_processor=LogitsProcessorList([ticks]))
-        return median(later - earlier for earlier, later in pairwise(ticks))
-
-    return job
-
-
 def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
     config = task.plain.config
     return {
@@ -209,7 +175,7 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
             "first token, the ways taking turns after each, and CPU time and wall clock of whole "
             "generations"
         ),
-        "model": _called(settings.model, config),
+        "model": called(settings.model, config),
         "hidden": task.model.d_model,
         "layers": task.model.n_layers,
         "vocabulary": int(config.vocab_size),
@@ -220,10 +186,3 @@ def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
         "generations in turns": settings.generations,
         "whole generations": settings.rounds,
     }
-
-
-def _called(model: str | None, config: Any) -> str:
-    """What was measured, without the place of a file."""
-    if model is None or model.endswith(".json"):
-        return f"{config.model_type}, random weights"
-    return Path(model).name if Path(model).exists() else model

@@ -18,7 +18,7 @@ from pvcore.errors import PvcoreError
 from pvcore.files import write_whole
 
 Status = Literal["measured", "unsupported", "failed", "not measured"]
-Unit = Literal["ratio", "us", "GB/s", "TFLOP/s"]
+Unit = Literal["ratio", "us", "ms", "GB/s", "TFLOP/s", "MiB"]
 Plain = str | int | float
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +34,8 @@ class RecordError(PvcoreError):
 class Cell:
     """One figure: the median of `n` paired ratios with p20 and p80, or why there is none.
 
-    Absolute units come from a GPU alone, where the clock is the device's own. `target` is the
-    figure wanted at most; it decides nothing.
+    Absolute times come from a GPU alone, where the clock is the device's own; bytes are counted
+    anywhere. `target` is the figure wanted at most; it decides nothing.
     """
 
     status: Status
@@ -121,18 +121,30 @@ def write(record: Record, folder: Path = RESULTS) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `RecordError` if there is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RecordError(f"got {path.name}, which cannot be read: {error}") from error
+    return object_in(text, path.name)
+
+
+def object_in(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that a text found at `where` holds."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"got {where}, which cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise RecordError(f"got {path.name}, which holds no JSON object; measure it again")
+        raise RecordError(f"got {where}, which holds no JSON object; measure it again")
     return document
 
 
 def read(path: Path) -> Record:
     """The record in a file; `RecordError` if any of it is missing, unknown or impossible."""
-    document = read_json(path)
-    where = path.name
+    return parsed(read_json(path), path.name)
+
+
+def parsed(document: dict[str, Any], where: str) -> Record:
+    """The record in a JSON object that was found at `where`."""
     texts = ("name", "command", "commit", "date")
     tables = ("versions", "device", "workload", "checks", "cells")
     _require_keys(document, Record, where)
@@ -185,9 +197,9 @@ def device(where: torch.device) -> dict[str, Plain]:
 def commit(root: Path = ROOT) -> str:
     """The commit of the code, "+dirty" when a tracked file differs from it."""
     try:
-        head = _git(root, "rev-parse", "HEAD").strip()
+        head = git(root, "rev-parse", "HEAD").strip()
         # A record written by an earlier measurement changes nothing that is measured now.
-        changed = _git(
+        changed = git(
             root, "status", "--porcelain", "--untracked-files=no", "--", ".",
             ":!benches/results", ":!README.md",
         )  # fmt: skip
@@ -196,7 +208,8 @@ def commit(root: Path = ROOT) -> str:
     return f"{head}+dirty" if changed.strip() else head
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What a git command in a checkout prints."""
     return subprocess.run(
         ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
     ).stdout

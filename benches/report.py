@@ -1,7 +1,8 @@
 """Figures in documents: rendered from records between markers, and checked for drift.
 
-`<!-- figures: overhead -->` ... `<!-- end -->` holds the tables of a record, and
-`<!-- figure: overhead/batch 1/steer one layer/CPU time -->` ... `<!-- end -->` one median.
+`<!-- figures: overhead -->` ... `<!-- end -->` holds the tables of a record,
+`<!-- figure: overhead/batch 1/steer one layer/CPU time -->` ... `<!-- end -->` one median, and
+`<!-- plot: overhead -->` ... `<!-- end -->` an image that lies beside the records.
 """
 
 import re
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benches import record, tables
+from benches import plots, record, tables
 from benches.demo_table import demo_summary
 from benches.extraction_table import extraction_summary
 from benches.record import RESULTS, ROOT, RecordError
@@ -19,15 +20,16 @@ from benches.study_table import study_summary
 from pvcore.files import write_whole
 
 KNOWN = (
-    *("overhead", "compiled", "reading", "peers", "scaling", "kernels", "gpu_kernels", "training"),
-    *("pooling", "flagging", "flags", "million", "kills", "demo", "extraction", "study"),
+    *("overhead", "compiled", "grid", "gpu_grid", "memory", "reading", "peers", "scaling"),
+    *("kernels", "gpu_kernels", "training", "pooling", "flagging", "flags", "million", "kills"),
+    *("demo", "extraction", "study"),
 )
 # Records that are no measurements of speed have tables of their own.
 OWN = {"demo": demo_summary, "extraction": extraction_summary, "study": study_summary}
 REGION = re.compile(
-    r"<!-- (?P<kind>figures?): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
+    r"<!-- (?P<kind>figures?|plot): (?P<what>[^\n]+?) -->(?P<held>.*?)<!-- end -->", re.DOTALL
 )
-OPENING = re.compile(r"<!-- figures?: ")
+OPENING = re.compile(r"<!-- (?:figures?|plot): ")
 NOT_MEASURED = "not measured"
 README = ROOT / "README.md"
 DOCUMENTS = (README, ROOT / "kernels" / "README.md")
@@ -42,7 +44,10 @@ def rendered(document: str, results: Path = RESULTS) -> str:
 
     def fill(region: re.Match[str]) -> str:
         kind, what = region["kind"], region["what"]
-        held = f"\n{_block(what, results)}\n" if kind == "figures" else _single(what, results)
+        if kind == "figure":
+            held = _single(what, results)
+        else:
+            held = f"\n{(_block if kind == 'figures' else _image)(what, results)}\n"
         return f"<!-- {kind}: {what} -->{held}<!-- end -->"
 
     return REGION.sub(fill, document)
@@ -51,6 +56,24 @@ def rendered(document: str, results: Path = RESULTS) -> str:
 def regions(document: str) -> list[str]:
     """What the regions of a document show, in order."""
     return [region["what"] for region in REGION.finditer(document)]
+
+
+def images(document: str) -> list[str]:
+    """The plots that a document shows."""
+    return [region["what"] for region in REGION.finditer(document) if region["kind"] == "plot"]
+
+
+def stale(document: str, results: Path = RESULTS) -> dict[str, str | None]:
+    """Images of a document that are not what their records give, with what they should be; None
+    where there should be no image.
+    """
+    found = {}
+    for name in images(document):
+        wanted, path = _drawn(name, results), results / f"{name}.svg"
+        held = path.read_bytes() if path.exists() else None
+        if held != (None if wanted is None else wanted.encode()):
+            found[name] = wanted
+    return found
 
 
 def drifted(document: str, results: Path = RESULTS) -> list[str]:
@@ -77,6 +100,23 @@ def _block(name: str, results: Path) -> str:
         reasons = dict.fromkeys(cell.reason for cell in found.cells.values() if cell.reason)
         return f"*{name}: {', '.join([NOT_MEASURED, *reasons])}*"
     return tables.summary(found)
+
+
+def _image(name: str, results: Path) -> str:
+    if name not in plots.PLOTS:
+        raise RecordError(f"got a plot {name!r}; wanted one of {', '.join(plots.PLOTS)}")
+    try:
+        plots.drawn(name, results)
+    except plots.Absent as reason:
+        return f"*{name}: {reason}*"
+    return f"![{plots.PLOTS[name].says}](benches/results/{name}.svg)"
+
+
+def _drawn(name: str, results: Path) -> str | None:
+    try:
+        return plots.drawn(name, results)
+    except plots.Absent:
+        return None
 
 
 def _single(what: str, results: Path) -> str:
@@ -118,12 +158,21 @@ def main(
 
 
 def _treat(document: Path, results: Path, *, check: bool) -> list[str]:
-    """The regions that differed; unless only checked, the document is written anew."""
+    """The regions and images that differed; unless only checked, they are written anew."""
     text = document.read_text(encoding="utf-8")
     found = drifted(text, results)
-    if found and not check:
+    files = stale(text, results)
+    if check:
+        return [*found, *(f"{name}.svg" for name in files)]
+    if found:
         write_whole(document, rendered(text, results).encode())
-    return found
+    for name, svg in files.items():
+        path = results / f"{name}.svg"
+        if svg is None:
+            path.unlink()
+        else:
+            write_whole(path, svg.encode())
+    return [*found, *(f"{name}.svg" for name in files)]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from statistics import quantiles
 from time import perf_counter, process_time
 from typing import Literal
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benches.record import Cell
@@ -39,7 +40,8 @@ def bars() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, auto_refresh=False, transient=True)
+    screen = Console(stderr=True)
+    return Progress(*columns, auto_refresh=False, transient=True, console=screen)
 
 
 def interleave(

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 import pvcore as pv
-from benches import record, rounds
-from benches.overhead import stepping
+from benches import lockstep, record, rounds
+from benches.loading import called
 from benches.peers.subject import SMALL, Reply, Size, Subject
 from benches.random_models import Shape
 from benches.record import Cell, Check, Record
+from pvcore.numerals import number
 
 NAME = "scaling"
 Axis = Literal["vectors", "layers", "batch", "context", "configurations"]
@@ -24,6 +25,7 @@ UNITS: Mapping[Axis, str] = {
     "context": "tokens of context while watching",
     "configurations": "distinct coefficients in a batch of 16",
 }
+COLUMN = "decoding"
 SCORES_MAY_DIFFER = 1e-3
 
 
@@ -32,17 +34,18 @@ class Settings:
     """Values along each axis, and what holds while another axis moves."""
 
     shape: Shape = SMALL
+    model: str | None = None
     vectors: tuple[int, ...] = (1, 7, 32, 128, 512)
     layers: tuple[int, ...] = (1, 2, 4, 8)
     batch: tuple[int, ...] = (1, 8, 32)
     context: tuple[int, ...] = (16, 256, 768)
     configurations: tuple[int, ...] = (1, 4, 16)
     new_tokens: int = 16
-    rounds: int = 40
+    rounds: int = 24
 
-    def values(self, axis: Axis) -> tuple[int, ...]:
+    def values(self, axis: Axis, n_layers: int) -> tuple[int, ...]:
         found: tuple[int, ...] = getattr(self, axis)
-        return found
+        return tuple(one for one in found if axis != "layers" or one <= n_layers)
 
 
 QUICK = Settings(
@@ -75,20 +78,23 @@ def measure(settings: Settings, *, command: str) -> Record:
     checks: dict[str, Check] = {}
     cells: dict[str, Cell] = {}
     slopes: dict[str, record.Plain] = {}
-    for axis in UNITS:
-        points = {value: point_of(axis, value, settings) for value in settings.values(axis)}
+    usual = Subject(Size(shape=settings.shape, model=settings.model))
+    for axis, unit in UNITS.items():
+        values = settings.values(axis, usual.n_layers)
+        points = {value: point_of(axis, value, settings) for value in values}
+        labels = {value: f"{unit}/{value}/{COLUMN}" for value in values}
         for value, point in points.items():
             checks[f"{axis} {value}"] = Check(worst=error_of(point), bound=SCORES_MAY_DIFFER)
-        right = all(checks[f"{axis} {value}"].passed for value in points)
-        for value, point in points.items():
-            label = f"{UNITS[axis]}/{value}/decode step"
-            failed = Cell(status="failed", reason=f"{axis} {value}")
-            cells[label] = timed(point, settings) if right else failed
-        if right:
-            medians = [cells[f"{UNITS[axis]}/{value}/decode step"].p50 or 0.0 for value in points]
-            slopes[f"slope, per unit of {axis}"] = slope(list(points), medians)
+        wrong = [f"{axis} {value}" for value in values if not checks[f"{axis} {value}"].passed]
+        if wrong:
+            cells |= dict.fromkeys(labels.values(), Cell(status="failed", reason=wrong[0]))
+            continue
+        ratios = timed(points, settings, what=axis)
+        cells |= {labels[value]: _cell(ratios[value]) for value in values}
+        slopes[f"fitted slope/one more of {axis} adds/{COLUMN}"] = slope_told(ratios)
     if not all(check.passed for check in checks.values()):
-        cells = {label: Cell(status="failed", reason="a wrong result") for label in cells}
+        wrong = [name for name, check in checks.items() if not check.passed]
+        cells, slopes = {one: Cell(status="failed", reason=wrong[0]) for one in cells}, {}
     return Record(
         name=NAME,
         command=command,
@@ -96,7 +102,7 @@ def measure(settings: Settings, *, command: str) -> Record:
         date=record.today(),
         versions=record.versions(),
         device=record.device(torch.device("cpu")),
-        workload=_workload(settings) | slopes,
+        workload=_workload(settings, usual) | slopes,
         checks=checks,
         cells=cells,
     )
@@ -104,8 +110,8 @@ def measure(settings: Settings, *, command: str) -> Record:
 
 def point_of(axis: Axis, value: int, settings: Settings) -> Point:
     """The job at one place: everything at its usual value but one."""
-    size = Size(shape=settings.shape, new_tokens=settings.new_tokens)
-    layers, configurations = settings.shape.layers, 0
+    size = Size(shape=settings.shape, model=settings.model, new_tokens=settings.new_tokens)
+    layers, configurations = 0, 0
     if axis == "vectors":
         size = replace(size, vectors=value)
     elif axis == "layers":
@@ -118,6 +124,7 @@ def point_of(axis: Axis, value: int, settings: Settings) -> Point:
         size, configurations = replace(size, batch=16, configurations=value), value
     subject = Subject(size)
     if not configurations:
+        layers = layers or subject.n_layers
         bank = pv.VectorBank(subject.vectors, layers=range(layers))
         return Point(subject=subject, plan=pv.Plan(monitor=bank), layers=layers, steered=False)
     add = pv.Add(
@@ -155,28 +162,63 @@ def armed(point: Point) -> Callable[..., Reply]:
     return run
 
 
-def timed(point: Point, settings: Settings) -> Cell:
-    """The median decode step beside that of plain generation, round by round."""
-    subject = point.subject
-    jobs = {
-        "plain": stepping(lambda **extra: subject.generate(subject.plain, **extra), on_gpu=False),
-        "armed": stepping(armed(point), on_gpu=False),
+def timed(points: Mapping[int, Point], settings: Settings, *, what: str) -> dict[int, list[float]]:
+    """All that follows the first token, beside plain generation of the same size: a ratio for each
+    generation, all places along the axis taking turns.
+    """
+    arms: dict[str, lockstep.Arm] = {}
+    for value, point in points.items():
+        arms[f"plain {value}"] = _plain(point.subject)
+        arms[f"armed {value}"] = armed(point)
+    laps = lockstep.take_turns(
+        arms, generations=settings.rounds, new_tokens=settings.new_tokens, what=what
+    )
+    return {
+        value: [
+            mine.cpu / plain.cpu
+            for mine, plain in zip(laps[f"armed {value}"], laps[f"plain {value}"], strict=True)
+        ]
+        for value in points
     }
-    laps = rounds.interleave(jobs, rounds=settings.rounds, what=str(subject.size.vectors))
-    return rounds.paired(laps["armed"], laps["plain"], clock="step")
+
+
+def _plain(subject: Subject) -> Callable[..., object]:
+    hf = subject.fresh()
+    return lambda **extra: subject.generate(hf, **extra)
+
+
+def _cell(ratios: Sequence[float]) -> Cell:
+    p20, p50, p80 = rounds.spread(list(ratios))
+    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios))
 
 
 def slope(values: Sequence[int], ratios: Sequence[float]) -> float:
     """What one unit more adds to the ratio, by least squares."""
-    return float(round(float(np.polyfit(values, ratios, 1)[0]), 6))
+    return float(np.polyfit(values, ratios, 1)[0])
 
 
-def _workload(settings: Settings) -> dict[str, record.Plain]:
+def slope_told(ratios: Mapping[int, Sequence[float]]) -> str:
+    """The slope fitted to each generation on its own, in percent of a plain step: the median and,
+    in brackets, p20 and p80.
+    """
+    fitted = [
+        slope(list(ratios), [ratios[value][turn] for value in ratios])
+        for turn in range(len(next(iter(ratios.values()))))
+    ]
+    p20, p50, p80 = (float(np.quantile(fitted, share)) for share in (0.2, 0.5, 0.8))
+    low, middle, high = (number(100 * one, signed=True) for one in (p20, p50, p80))
+    return f"{middle} % ({low} to {high})"
+
+
+def _workload(settings: Settings, usual: Subject) -> dict[str, record.Plain]:
     return {
-        "ratio": "CPU time of a decode step beside plain `hf.generate`",
-        "model": "Qwen2, random weights",
-        "hidden": settings.shape.hidden,
-        "layers": settings.shape.layers,
+        "ratio": (
+            "CPU time of all that follows the first token beside plain `hf.generate` of the same "
+            "size, everything on one axis taking turns after each token"
+        ),
+        "model": called(settings.model, usual.plain.config),
+        "hidden": usual.d_model,
+        "layers": usual.n_layers,
         "dtype": "float32",
         "new tokens": settings.new_tokens,
         "rounds": settings.rounds,

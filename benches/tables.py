@@ -32,8 +32,8 @@ def summary(record: Record) -> str:
         lines = []
         for row, cells in rows.items():
             known = [cells.get(column, Cell(status="not measured")) for column in columns]
-            wanted = next((cell.target for cell in known if cell.target is not None), None)
-            line = [row, *map(_spread, known)]
+            wanted = next((cell for cell in known if cell.target is not None), None)
+            line = [row, *map(spread, known)]
             lines.append([*line, _bound(wanted)] if targets else line)
         parts.append(table(head, lines))
     failed = [cell for cell in record.cells.values() if cell.status == "failed"]
@@ -68,14 +68,14 @@ def _groups(record: Record) -> dict[str, dict[str, dict[str, Cell]]]:
 
 
 def _what(record: Record) -> str:
-    plain = {key: value for key, value in record.workload.items() if not _is_figure(key)}
+    plain = {key: value for key, value in record.workload.items() if not is_figure(key)}
     rest = ", ".join(f"{key} {value}" for key, value in plain.items() if key != "ratio")
     what = str(plain.get("ratio", "ratios"))
-    spread = ": median (p20 to p80)" if record.cells else ""
-    return f"{what[:1].upper()}{what[1:]}{spread}. {rest[:1].upper()}{rest[1:]}."
+    band = ": median (p20 to p80)" if any(cell.n > 1 for cell in record.cells.values()) else ""
+    return f"{what[:1].upper()}{what[1:]}{band}. {rest[:1].upper()}{rest[1:]}."
 
 
-def _is_figure(key: str) -> bool:
+def is_figure(key: str) -> bool:
     """Whether an entry of the workload is a figure, labelled `group/row/column` as cells are."""
     return key.count("/") == 2
 
@@ -83,7 +83,7 @@ def _is_figure(key: str) -> bool:
 def _figures(record: Record) -> list[str]:
     groups: dict[str, dict[str, dict[str, str]]] = {}
     for key, value in record.workload.items():
-        if _is_figure(key):
+        if is_figure(key):
             group, row, column = key.split("/")
             groups.setdefault(group, {}).setdefault(row, {})[column] = str(value)
     found = []
@@ -126,8 +126,11 @@ def _ratio(value: float) -> str:
     return f"{value:.3f}{TIMES}" if value < 2 else f"{value:.2f}{TIMES}"
 
 
-def _spread(cell: Cell) -> str:
+def spread(cell: Cell) -> str:
+    """The median with p20 and p80 where they differ, or the status."""
     if cell.status != "measured" or cell.p20 is None or cell.p80 is None:
+        return figure(cell)
+    if cell.p20 == cell.p80:
         return figure(cell)
     low, high = (
         _amount(end, cell).split(" ")[0].removesuffix(TIMES) for end in (cell.p20, cell.p80)
@@ -139,5 +142,9 @@ def _amount(value: float, cell: Cell) -> str:
     return _ratio(value) if cell.unit == "ratio" else f"{value:.4g} {cell.unit}"
 
 
-def _bound(target: float | None) -> str:
-    return "" if target is None else f"≤ {target:g}{TIMES}"
+def _bound(cell: Cell | None) -> str:
+    if cell is None or cell.target is None:
+        return ""
+    return (
+        f"≤ {cell.target:g}{TIMES}" if cell.unit == "ratio" else f"≤ {cell.target:.4g} {cell.unit}"
+    )

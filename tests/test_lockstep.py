@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benches import lockstep
-from benches.lockstep import take_turns
+from benches.lockstep import alternate, phases, take_turns
 
 STEPS = 4
 
@@ -56,6 +56,12 @@ def test_all_that_follows_the_first_token_is_counted(monkeypatch: pytest.MonkeyP
     assert [lap.cpu for lap in laps["one"]] == [24.0, 24.0]
     assert [lap.cpu for lap in laps["other"]] == [400.0, 400.0]
     assert [lap.wall for lap in laps["one"]] == [24.0, 24.0]
+    both = phases(arms, generations=2, new_tokens=STEPS)
+    assert both.decoding == laps
+    assert [lap.cpu for lap in both.prompts["one"]] == [50.0, 50.0]
+    assert [lap.cpu for lap in both.prompts["other"]] == [7.0, 7.0]
+    # In one thread the clock is that thread's: both arms move it, and neither counts the other.
+    assert alternate(arms, generations=2) == both
 
 
 def test_an_arm_s_error_is_raised() -> None:
@@ -65,3 +71,16 @@ def test_an_arm_s_error_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="no more"):
         take_turns({"bad": fails, "good": arm("a", [])}, generations=1, new_tokens=STEPS)
+
+
+def test_whole_generations_alternate_and_wait_for_the_device_at_phases_alone() -> None:
+    log: list[str] = []
+    arms = {name: arm(name, log) for name in "ab"}
+    made = alternate(arms, generations=3, finish=lambda: log.append("wait"))
+    assert {name: len(laps) for name, laps in made.decoding.items()} == {"a": 3, "b": 3}
+    assert all(lap.wall > 0 for lap in made.prompts["a"] + made.decoding["b"])
+    each = len(log) // 6
+    for start in range(0, len(log), each):
+        name = log[start + 1][0]
+        first, *others = [f"{name}{step}" for step in range(STEPS)]
+        assert log[start : start + each] == ["wait", first, "wait", *others, "wait"]

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import pvcore as pv
-from benches.peers.subject import Arm, Kind, Peer, Reply, Subject
+from benches.peers.subject import (
+    KINDS,
+    READ_AT_ONCE,
+    Arm,
+    Kind,
+    Peer,
+    Reply,
+    Subject,
+    read_means,
+)
 from pvcore.blocks import find_decoder
 
 
@@ -21,37 +30,44 @@ class Pvcore:
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
         model = pv.HookedModel(subject.fresh(), model_id="")
         bank, prompts = pv.VectorBank(subject.vectors), list(subject.ids)
-        aim: dict[str, Any] = {"layers": [subject.layer], "span": "all"}
-        add = pv.Add(subject.vectors[0], coeff=subject.coeff, **aim)
-        rows = pv.Add(subject.vectors[0], coeff=subject.coeffs.tolist(), **aim)
+        vector, aim = subject.vectors[0], [subject.layer]
+        add = pv.Add(vector, coeff=subject.coeff, layers=aim, span="all")
+        rows = pv.Add(vector, coeff=subject.coeffs.tolist(), layers=aim, span="all")
+        every = pv.Add(vector, coeff=subject.coeff, layers=list(range(model.n_layers)), span="all")
 
-        def run(plan: pv.Plan) -> Reply:
-            with model.arm(plan) as seen:
-                tokens = torch.stack(model.generate_ids(prompts, **subject.settings))
-            traits = seen.traits
-            return Reply(
-                tokens=tokens,
-                scores=lambda: torch.stack([seen[trait].steps for trait in traits], dim=-1),
-            )
+        def generating(plan: pv.Plan) -> Arm:
+            def run() -> Reply:
+                with model.arm(plan) as seen:
+                    tokens = torch.stack(model.generate_ids(prompts, **subject.settings))
+                traits = seen.traits
+                return Reply(
+                    tokens=tokens,
+                    scores=lambda: torch.stack([seen[trait].steps for trait in traits], dim=-1),
+                )
+
+            return run
 
         return {
-            "steer": lambda: run(pv.Plan(add)),
-            "watch": lambda: run(pv.Plan(monitor=bank)),
-            "both": lambda: run(pv.Plan(add, monitor=bank)),
-            "rows": lambda: run(pv.Plan(rows)),
+            "steer": generating(pv.Plan(add)),
+            "everywhere": generating(pv.Plan(every)),
+            "watch": generating(pv.Plan(monitor=bank)),
+            "both": generating(pv.Plan(add, monitor=bank)),
+            "rows": generating(pv.Plan(rows)),
+            "extract": lambda: self._read(model, subject),
         }
+
+    def _read(self, model: pv.HookedModel, subject: Subject) -> Reply:
+        texts = [ids for batch in subject.samples for ids in batch]
+        sites = list(range(model.n_layers - 1))
+        found = model.read(texts, sites=sites, span="all", batch_size=READ_AT_ONCE)
+        return Reply(tokens=torch.empty(0, 0, dtype=torch.long), means=found.values)
 
 
 class TorchHook:
     """The same jobs in hooks of plain torch: the bar."""
 
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
-        return {
-            "steer": lambda: subject.reference("steer"),
-            "watch": lambda: subject.reference("watch"),
-            "both": lambda: subject.reference("both"),
-            "rows": lambda: subject.reference("rows"),
-        }
+        return {kind: subject.hooked(kind, subject.fresh()) for kind in KINDS}
 
 
 class Nnsight:
@@ -60,77 +76,115 @@ class Nnsight:
 
         model = nnsight.NNsight(subject.fresh())
         turned = subject.units.mT.contiguous()
-        one = subject.coeff * subject.raw
-        several = subject.coeffs[:, None, None] * subject.raw
 
-        def run(delta: Tensor | None, watching: bool) -> Reply:
-            layers = model.model.layers
-            with torch.no_grad():  # noqa: SIM117 - nnsight reads a `with` of its own line
-                with model.trace(subject.ids, fn="generate", **subject.settings) as tracer:
-                    made = nnsight.save([])
-                    for _ in tracer.iter[: subject.size.new_tokens]:
-                        for layer in range(len(turned)):
-                            if layer == subject.layer and delta is not None:
-                                layers[layer].output = layers[layer].output + delta
-                            if watching:
-                                made.append(layers[layer].output[:, -1] @ turned[layer])
-                    out = tracer.result.save()
-            tokens = out[:, subject.ids.shape[1] :]
-            return Reply(tokens=tokens, scores=lambda: subject.table(made))
+        def generating(kind: Kind, watching: bool) -> Arm:
+            deltas, layers = subject.deltas(kind), model.model.layers
+
+            def run() -> Reply:
+                with torch.no_grad():  # noqa: SIM117 - nnsight reads a `with` of its own line
+                    with model.trace(subject.ids, fn="generate", **subject.settings) as tracer:
+                        made = nnsight.save([])
+                        for _ in tracer.iter[: subject.size.new_tokens]:
+                            for layer in range(len(turned)):
+                                if layer in deltas:
+                                    layers[layer].output = layers[layer].output + deltas[layer]
+                                if watching:
+                                    made.append(layers[layer].output[:, -1] @ turned[layer])
+                        out = tracer.result.save()
+                tokens = out[:, subject.ids.shape[1] :]
+                return Reply(tokens=tokens, scores=lambda: subject.table(made))
+
+            return run
 
         return {
-            "steer": lambda: run(one, False),
-            "watch": lambda: run(None, True),
-            "both": lambda: run(one, True),
-            "rows": lambda: run(several, False),
+            "steer": generating("steer", False),
+            "everywhere": generating("everywhere", False),
+            "watch": generating("watch", True),
+            "both": generating("both", True),
+            "rows": generating("rows", False),
+            "extract": lambda: self._read(model, subject),
         }
+
+    def _read(self, model: Any, subject: Subject) -> Reply:
+        """Ended at the last layer read, as its documentation advises."""
+        import nnsight
+
+        layers, batches = model.model.layers, []
+        with torch.no_grad():
+            for ids in subject.samples:
+                with model.trace(ids) as tracer:
+                    made = nnsight.save([])
+                    for layer in range(subject.n_layers - 1):
+                        made.append(layers[layer].output.mean(1))
+                    tracer.stop()
+                batches.append(list(made))
+        return read_means(batches)
 
 
 class TransformerLens:
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
         bridge = self._booted(subject)
         turned = subject.units.mT.contiguous()
-        one = subject.coeff * subject.raw
-        several = subject.coeffs[:, None, None] * subject.raw
 
-        def run(delta: Tensor | None, watching: bool) -> Reply:
-            made: list[Tensor] = []
+        def generating(kind: Kind, watching: bool) -> Arm:
+            deltas = subject.deltas(kind)
 
-            def watch(layer: int) -> Any:
-                return lambda h, hook: made.append(h[:, -1] @ turned[layer])
+            def run() -> Reply:
+                made: list[Tensor] = []
+                hooks: list[Any] = []
+                for layer in range(len(turned)):
+                    name = f"blocks.{layer}.hook_out"
+                    if layer in deltas:
+                        hooks.append((name, _hook_adding(deltas[layer])))
+                    if watching:
+                        hooks.append((name, _hook_watching(made, turned[layer])))
+                with bridge.hooks(fwd_hooks=hooks):
+                    out = bridge.generate(
+                        subject.ids,
+                        max_new_tokens=subject.size.new_tokens,
+                        do_sample=False,
+                        stop_at_eos=False,
+                        return_type="tokens",
+                        verbose=False,
+                    )
+                tokens = out[:, subject.ids.shape[1] :]
+                return Reply(tokens=tokens, scores=lambda: subject.table(made))
 
-            hooks: list[Any] = []
-            for layer in range(len(turned)):
-                if layer == subject.layer and delta is not None:
-                    hooks.append((f"blocks.{layer}.hook_out", lambda h, hook: h + delta))
-                if watching:
-                    hooks.append((f"blocks.{layer}.hook_out", watch(layer)))
-            with bridge.hooks(fwd_hooks=hooks):
-                out = bridge.generate(
-                    subject.ids,
-                    max_new_tokens=subject.size.new_tokens,
-                    do_sample=False,
-                    stop_at_eos=False,
-                    return_type="tokens",
-                    verbose=False,
-                )
-            tokens = out[:, subject.ids.shape[1] :]
-            return Reply(tokens=tokens, scores=lambda: subject.table(made))
+            return run
 
         return {
-            "steer": lambda: run(one, False),
-            "watch": lambda: run(None, True),
-            "both": lambda: run(one, True),
-            "rows": lambda: run(several, False),
+            "steer": generating("steer", False),
+            "everywhere": generating("everywhere", False),
+            "watch": generating("watch", True),
+            "both": generating("both", True),
+            "rows": generating("rows", False),
+            "extract": lambda: self._read(bridge, subject),
         }
+
+    @torch.no_grad()
+    def _read(self, bridge: Any, subject: Subject) -> Reply:
+        names = [f"blocks.{layer}.hook_out" for layer in range(subject.n_layers - 1)]
+        batches = []
+        for ids in subject.samples:
+            _, cache = bridge.run_with_cache(ids, names_filter=names, stop_at_layer=len(names))
+            batches.append([cache[name].mean(1) for name in names])
+        return read_means(batches)
 
     def _booted(self, subject: Subject) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
 
-        tokenizer = _numbers(subject.size.shape.vocabulary)
+        tokenizer = _numbers(subject.n_vocabulary)
         return TransformerBridge.boot_transformers(
             "random", hf_model=subject.fresh(), tokenizer=tokenizer, device="cpu"
         )
+
+
+def _hook_adding(delta: Tensor) -> Any:
+    return lambda h, hook: h + delta
+
+
+def _hook_watching(made: list[Tensor], turned: Tensor) -> Any:
+    return lambda h, hook: made.append(h[:, -1] @ turned)
 
 
 def _numbers(size: int) -> Any:
@@ -150,12 +204,14 @@ class SteeringVectors:
         from steering_vectors import SteeringVector, record_activations
 
         hf = subject.fresh()
-        vector = SteeringVector({subject.layer: subject.raw}, "decoder_block")
+        raw = {layer: subject.raw(layer) for layer in range(subject.n_layers)}
+        one = SteeringVector({subject.layer: subject.raw()}, "decoder_block")
+        every = SteeringVector(raw, "decoder_block")
         turned = subject.units.mT.contiguous()
 
-        def run(steering: bool, watching: bool) -> Reply:
+        def run(vector: Any, watching: bool) -> Reply:
             with ExitStack() as stack:
-                if steering:
+                if vector is not None:
                     stack.enter_context(vector.apply(hf, multiplier=subject.coeff))
                 recording: AbstractContextManager[Any] = (
                     record_activations(hf, clone_activations=False) if watching else nullcontext()
@@ -168,9 +224,10 @@ class SteeringVectors:
             return Reply(tokens=tokens, scores=lambda: torch.stack(made).permute(2, 0, 1, 3))
 
         return {
-            "steer": lambda: run(True, False),
-            "watch": lambda: run(False, True),
-            "both": lambda: run(True, True),
+            "steer": lambda: run(one, False),
+            "everywhere": lambda: run(every, False),
+            "watch": lambda: run(None, True),
+            "both": lambda: run(one, True),
         }
 
 
@@ -183,30 +240,38 @@ class Repeng:
             vars(numpy)["float_"] = numpy.float64
         from repeng import ControlModel
 
-        hf = subject.fresh()
-        model = ControlModel(hf, [subject.layer])
-        model.set_raw_control({subject.layer: subject.coeff * subject.raw})
-        return {"steer": lambda: Reply(tokens=subject.generate(model))}
+        def generating(kind: Kind) -> Arm:
+            deltas = subject.deltas(kind)
+            model = ControlModel(subject.fresh(), list(deltas))
+            model.set_raw_control(deltas)
+            return lambda: Reply(tokens=subject.generate(model))
+
+        return {"steer": generating("steer"), "everywhere": generating("everywhere")}
 
 
 class Pyvene:
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
-        one = subject.coeff * subject.raw
-        several = subject.coeffs[:, None, None] * subject.raw
-        return {"steer": self._arm(subject, one), "rows": self._arm(subject, several)}
+        kinds: tuple[Kind, ...] = ("steer", "everywhere", "rows")
+        return {kind: self._arm(subject, subject.deltas(kind)) for kind in kinds}
 
-    def _arm(self, subject: Subject, delta: Tensor) -> Arm:
+    def _arm(self, subject: Subject, deltas: Mapping[int, Tensor]) -> Arm:
         import pyvene
 
         class Adding(pyvene.ConstantSourceIntervention):  # type: ignore[misc]
             """Adds a fixed row to every position."""
 
-            def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
-                return base + delta
+            def __init__(self, delta: Tensor) -> None:
+                super().__init__(embed_dim=subject.d_model, keep_last_dim=True)
+                self.delta = delta
 
-        adding = Adding(embed_dim=subject.size.shape.hidden, keep_last_dim=True)
-        place = {"component": f"model.layers[{subject.layer}].output", "intervention": adding}
-        model = pyvene.IntervenableModel([place], model=subject.fresh())
+            def forward(self, base: Tensor, *_: Any, **__: Any) -> Tensor:
+                return base + self.delta
+
+        places = [
+            {"component": f"model.layers[{layer}].output", "intervention": Adding(delta)}
+            for layer, delta in deltas.items()
+        ]
+        model = pyvene.IntervenableModel(places, model=subject.fresh())
 
         def run() -> Reply:
             given = {"input_ids": subject.ids, "attention_mask": torch.ones_like(subject.ids)}
@@ -225,23 +290,30 @@ class InterpEngine:
 
         hf = subject.fresh()
         model = EagerModel(
-            "random", hf_model=hf, tokenizer=_numbers(subject.size.shape.vocabulary), device="cpu"
+            "random", hf_model=hf, tokenizer=_numbers(subject.n_vocabulary), device="cpu"
         )
-        specs = [SteerSpec(vector=subject.raw, layer=subject.layer, coeff=subject.coeff)]
+        every = [
+            SteerSpec(vector=subject.raw(layer), layer=layer, coeff=subject.coeff)
+            for layer in range(subject.n_layers)
+        ]
+        one = [every[subject.layer]]
         turned = subject.units.mT.contiguous()
 
-        def run(steering: bool, watching: bool) -> Reply:
+        def run(specs: Any, watching: bool) -> Reply:
             made: list[Tensor] = []
             with ExitStack() as stack:
-                if steering:
-                    stack.enter_context(steer(model, specs))
+                stack.enter_context(steer(model, specs))
                 for layer, block in enumerate(find_decoder(hf).blocks if watching else ()):
                     hook = block.register_forward_hook(_last_row(made, turned[layer]))
                     stack.callback(hook.remove)
                 tokens = subject.generate(hf)
             return Reply(tokens=tokens, scores=lambda: subject.table(made))
 
-        return {"steer": lambda: run(True, False), "both": lambda: run(True, True)}
+        return {
+            "steer": lambda: run(one, False),
+            "everywhere": lambda: run(every, False),
+            "both": lambda: run(one, True),
+        }
 
 
 def _last_row(made: list[Tensor], turned: Tensor) -> Any:
@@ -250,12 +322,13 @@ def _last_row(made: list[Tensor], turned: Tensor) -> Any:
 
 class ActivationSteerer:
     """The context manager of the paper's scripts, written anew from their description: a hook on
-    one block that adds `coeff * vector` to all positions."""
+    one block that adds `coeff * vector` to all positions. Their extraction reads one sample at a
+    time, all hidden states and all logits."""
 
     def arms(self, subject: Subject) -> Mapping[Kind, Arm]:
         hf = subject.fresh()
         first = next(hf.parameters())
-        vector = subject.raw.to(first.device, first.dtype)
+        vector = subject.raw().to(first.device, first.dtype)
 
         def run() -> Reply:
             def add(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -270,16 +343,29 @@ class ActivationSteerer:
             finally:
                 handle.remove()
 
-        return {"steer": run}
+        return {"steer": run, "extract": lambda: self._read(hf, subject)}
+
+    @torch.no_grad()
+    def _read(self, hf: Any, subject: Subject) -> Reply:
+        batches = []
+        for ids in (one for batch in subject.samples for one in batch[:, None]):
+            # Row 0 are the embeddings; the last row is behind the final norm.
+            states = hf(ids, output_hidden_states=True).hidden_states
+            batches.append([row.mean(dim=1) for row in states[1 : subject.n_layers]])
+        return read_means(batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """An adapter, how tables call it, and what it needs beside pvcore's own environment."""
+    """An adapter, how tables call it, and what it needs beside pvcore's own environment.
+
+    `unwritten` are jobs that the library may do and the adapter does not ask of it.
+    """
 
     adapter: type[Peer]
     title: str
     packages: tuple[str, ...] = ()
+    unwritten: tuple[Kind, ...] = ()
 
 
 # What steering-vectors and repeng import of scikit-learn, without their old bounds on NumPy.
@@ -294,14 +380,21 @@ PEERS: Mapping[str, Entry] = {
         adapter=SteeringVectors,
         title="steering-vectors 0.12.2",
         packages=("steering-vectors==0.12.2", *_LEARN),
+        unwritten=("extract",),
     ),
     "repeng": Entry(
         adapter=Repeng, title="repeng 0.4.0", packages=("repeng==0.4.0", "gguf", *_LEARN)
     ),
-    "pyvene": Entry(adapter=Pyvene, title="pyvene 0.1.8", packages=("pyvene==0.1.8",)),
+    "pyvene": Entry(
+        adapter=Pyvene,
+        title="pyvene 0.1.8",
+        packages=("pyvene==0.1.8",),
+        unwritten=("watch", "both", "extract"),
+    ),
     "interp-engine": Entry(
         adapter=InterpEngine,
         title="interp-engine 1.14.2, eager",
         packages=("interp-engine==1.14.2",),
+        unwritten=("watch", "rows", "extract"),
     ),
 }

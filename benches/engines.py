@@ -1,0 +1,78 @@
+"""The ways transformers and pvcore generate: eager, compiled, and as the graph engine does it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+import pvcore as pv
+from benches.arms import Reply, Run, Task
+from pvcore.graph import Mode
+
+Name = Literal["eager", "compiled", "graph"]
+# The engine's shortest cache, and where its lengths stop to be powers of two.
+SHORTEST, STRIDE = 256, 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One way to generate; `graph` holds the settings of pvcore's engine, None for eager."""
+
+    name: Name
+    graph: pv.Graph | None
+
+    @classmethod
+    def of(cls, name: Name, device: torch.device, *, backend: str = "inductor") -> "Engine":
+        """`compiled` is `torch.compile` with a backend; `graph` is `engine="graph"` as it comes:
+        CUDA graphs on a GPU, and the traced step as it is on a CPU.
+        """
+        if name == "eager":
+            return cls(name=name, graph=None)
+        if name == "graph":
+            return cls(name=name, graph=pv.Graph().on(device))
+        mode: Mode | None = "default" if backend == "inductor" else None
+        return cls(name=name, graph=pv.Graph(backend=backend, mode=mode))
+
+    def __str__(self) -> str:
+        """What it is, for a table."""
+        if self.graph is None:
+            return "eager"
+        if self.name == "compiled":
+            return f"compiled ({self.graph.backend})"
+        return "CUDA graphs" if self.graph.mode == "reduce-overhead" else "graph (traced step)"
+
+
+def plain_run(task: Task, hf: Any, engine: Engine) -> Run:
+    """transformers' own generation on a model, by the same means as pvcore's engine."""
+    if engine.graph is None:
+        return lambda **extra: task.unhooked(hf, extra)
+    return compiled_run(task, hf, engine.graph)
+
+
+def compiled_run(task: Task, hf: Any, graph: pv.Graph) -> Run:
+    """transformers' own compiled generation on a static cache of the length the engine takes."""
+    from transformers import CompileConfig, StaticCache
+
+    columns = task.given["input_ids"].shape[1] + task.new_tokens
+    cache = StaticCache(config=hf.config, max_cache_len=cache_length(columns))
+    how = CompileConfig(backend=graph.backend, fullgraph=True, mode=_mode(graph))
+    # transformers compiles on accelerators only, unless told so.
+    how._compile_all_devices = True
+
+    def run(**extra: Any) -> Reply:
+        cache.reset()
+        given: Mapping[str, Any] = {"past_key_values": cache, "compile_config": how}
+        return Reply(tokens=task.plainly(hf, {**given, **extra}))
+
+    return run
+
+
+def _mode(graph: pv.Graph) -> str | None:
+    return None if graph.mode == "default" else graph.mode
+
+
+def cache_length(columns: int) -> int:
+    """How long the graph engine's cache is for a prompt and its reply."""
+    length = max(SHORTEST, 1 << (columns - 1).bit_length())
+    return length if length <= STRIDE else -(-columns // STRIDE) * STRIDE
