@@ -20,7 +20,13 @@ from benches import record
 from benches.record import ROOT
 
 NAME = "gpu_tests"
-TESTS = ("tests/kernels", "tests/test_graph_compilers.py", "tests/test_resident.py")
+TESTS = (
+    "tests/kernels",
+    "tests/gpu",
+    "tests/test_graph_compilers.py",
+    "tests/test_resident.py",
+    "tests/test_outflow.py",
+)
 
 
 def run(wheels: Path | None) -> dict[str, object]:

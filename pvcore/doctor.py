@@ -14,6 +14,7 @@ from pvcore.errors import ModelError, PvcoreError, SiteError
 from pvcore.sites import KINDS, Site
 from pvcore.spans import SPANS
 from pvcore_kernels import path_taken
+from pvcore_kernels.paths import engine_path
 
 CORE = ("pvcore", "torch", "transformers", "nnsight", "transformer-lens", "triton", "safetensors")
 EXTRAS = {
@@ -52,6 +53,7 @@ def machine() -> dict[str, Any]:
         "kernels": {
             str(device): path_taken(device, dtype=torch.bfloat16, n_vec=N_VEC) for device in devices
         },
+        "scores": {str(device): engine_path(device, dtype=torch.bfloat16) for device in devices},
         "engines": {
             "taps": "read, steer, monitor and stream, on any device of torch",
             "graph": "captures CUDA graphs" if gpus else "no GPU: runs its traced step as it is",

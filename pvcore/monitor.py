@@ -1,9 +1,9 @@
 """Monitoring: projections on every vector of a bank while a model reads and generates.
 
 In a prompt each site is scored as it is reached, because keeping every layer's rows would hold
-gigabytes. In decode the newest rows are collected and all layers are scored at once: step by step
-on an accelerator, and on a CPU, where the call costs more than the arithmetic, several steps
-together unless somebody asks for the newest.
+gigabytes; the scores leave an accelerator as they are made. In decode the newest rows are collected
+and all layers are scored at once: step by step on an accelerator, and on a CPU, where the call
+costs more than the arithmetic, several steps together unless somebody asks for the newest.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,11 @@ from torch import Tensor
 import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
 from pvcore.frames import Call, Frame, Outcome
+from pvcore.outflow import PIECE_BYTES, Outflow, leaves
 from pvcore.sessions import Take
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
+from pvcore_kernels import paths
 from pvcore_kernels.reference import accumulator
 
 WAITING_BYTES = 4 << 20
@@ -49,11 +51,28 @@ class _Record:
     columns: list[list[Tensor]]
     patience: int = 0
     steps: list[Float[Tensor, "site batch n_vec"]] = field(default_factory=list)
+    # Where scores leave the device, and how many of the newest steps have not yet.
+    outflow: Outflow = field(default_factory=Outflow)
+    staying: int = 0
     outcome: Outcome | None = None
 
     def given_scores(self, sites: Sequence[Site]) -> Float[Tensor, "column site batch n_vec"]:
-        per_site = [torch.cat(self.given[site], dim=1).cpu() for site in sites]
+        self.outflow.settle()
+        per_site = [torch.cat(self.given[site], dim=1) for site in sites]
         return torch.stack(per_site).permute(2, 0, 1, 3)
+
+    def keep(self, steps: Sequence[Float[Tensor, "site batch n_vec"]]) -> None:
+        """Add the scores of new steps; many leave their device together."""
+        self.steps += steps
+        if not leaves(steps[0].device):
+            return
+        self.staying += len(steps)
+        if self.staying * steps[0].nbytes >= PIECE_BYTES:
+            newest = torch.stack(self.steps[-self.staying :])
+            host = torch.empty(newest.shape, dtype=newest.dtype)
+            self.outflow.send(host, newest)
+            self.steps[-self.staying :] = host.unbind(0)
+            self.staying = 0
 
     def last(self) -> Tensor:
         """Column of each row's last prompt token."""
@@ -64,6 +83,7 @@ class _Record:
 
     def newest(self, sites: Sequence[Site]) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made."""
+        self.outflow.settle()
         if self.steps:
             return self.steps[-1].cpu()
         last = self.last()
@@ -145,7 +165,7 @@ class Seen:
     ) -> None:
         """Score a prompt, or a chunk of one, where it stands."""
         site = self.sites[place]
-        scores = kernels.project(h.detach(), self._placed(h)[place])
+        scores = record.outflow.project(h.detach(), self._placed(h)[place])
         if site not in record.given:
             # Columns that a cache handed over were never seen here.
             unseen = scores.new_full((len(scores), start, scores.shape[-1]), torch.nan)
@@ -163,13 +183,16 @@ class Seen:
             self._one_device = len({row.device for row in steps[0]}) == 1
         with torch.no_grad():
             if not self._one_device:
-                record.steps += [self._scored_apart(rows) for rows in steps]
+                record.keep([self._scored_apart(rows) for rows in steps])
                 return
             rows = torch.cat([row for step in steps for row in step], dim=1)
             by_step = rows.view(len(rows), len(steps), -1, rows.shape[-1]).permute(1, 2, 0, 3)
             units = self._placed(rows)
+            # Kernels take rows as they lie; torch would multiply them by another way than in rows.
+            if not paths.takes_kernels(rows.device, rows.dtype):
+                by_step = by_step.contiguous()
             # Step by step, so that no sum depends on how many steps waited.
-            record.steps += [kernels.project_layers(one, units) for one in by_step.contiguous()]
+            record.keep([kernels.project_layers(one, units) for one in by_step])
 
     def _scored_apart(
         self, rows: Sequence[Float[Tensor, "batch 1 d_model"]]
@@ -189,10 +212,8 @@ class Seen:
             self._records.pop(call, None)
 
     def settle(self, call: Call) -> None:
-        """Bring the prompt's scores to the host, so that they take no device memory on the way."""
-        given = self._records[call].given
-        for site, scores in given.items():
-            given[site] = [torch.cat(scores, dim=1).cpu()]
+        """Wait for the prompt's scores on their way to the host."""
+        self._records[call].outflow.settle()
 
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of decode steps that an engine made without coming past `take`."""
@@ -235,6 +256,7 @@ class Seen:
         prompt, steps = _ragged(prompts), _ragged(replies)
         if record.outcome is None and not record.steps:
             return steps, prompt
+        record.outflow.settle()
         later = [step[..., trait].cpu() for step in record.steps]
         made = torch.stack([steps[0], *later])
         if record.outcome is None:  # still under way: rows are those of the batch

@@ -17,6 +17,7 @@ from pvcore.frames import Frame
 from pvcore.interventions import Ablate, Add, Intervention, sites_of
 from pvcore.sites import Site
 from pvcore.spans import Span
+from pvcore_kernels.landing import landing, lands
 from pvcore_kernels.reference import accumulator
 
 # Beyond this, landing each projection where it was sent would take coefficients so large that
@@ -191,6 +192,8 @@ class SiteProgram:
             total = found.total
             return lambda h: kernels.add(h, total, touched)
         units, gram, steps = found.units, found.gram, found.steps
+        if lands(steps, len(units), h.device, h.dtype) and not h.requires_grad:
+            return landing(units, steps[0], frame.batch, frame.width, touched)
         return lambda h: kernels.intervene(h, units, gram, steps, touched)
 
     def resolve(

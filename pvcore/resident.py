@@ -2,9 +2,8 @@
 
 In decode every row of a forward is one reply token, so a plan is the same arithmetic at every step
 and only its numbers differ: they are written in place, and neither a changed coefficient nor
-another vector compiles or captures anything anew. Scoring all layers by address would need a table
-that no captured graph can make. Functions that a compiler traces carry `no_type_check`: the
-run-time type checker of the tests would break the graph.
+another vector compiles or captures anything anew. Functions that a compiler traces carry
+`no_type_check`: the run-time type checker of the tests would break the graph.
 """
 
 from collections import Counter
@@ -19,9 +18,10 @@ import pvcore_kernels as kernels
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
 from pvcore.programs import Joint, Link, Shift
-from pvcore.resident_moves import Gauges, Joints, Shifts, fixed
+from pvcore.resident_moves import Gauges, Joints, Landings, Shifts, fixed, is_landing
 from pvcore.sessions import Scorer, Session
 from pvcore.sites import Site
+from pvcore_kernels import paths, routes
 from pvcore_kernels.reference import accumulator
 
 RING_BYTES = 32 << 20
@@ -112,8 +112,8 @@ def _shape(move: Shift | Joint, links: Mapping[Link | None, int]) -> Hashable:
 class Watch:
     """A monitor's buffers: the newest row of every site, unit rows, and a ring of scores.
 
-    Rows are collected as the blocks pass and scored all at once when the decoder ends. The ring
-    holds the newest `len(ring)` steps.
+    Rows are collected as the blocks pass and scored all at once when the decoder ends: by kernels
+    in one launch, which writes the step's slot itself. The ring holds the newest `len(ring)` steps.
     """
 
     def __init__(self, scorer: Scorer, met: Met, batch: int, d_model: int) -> None:
@@ -124,6 +124,9 @@ class Watch:
         self.units = fixed(like, n_sites, n_vec, d_model)
         slots = min(max(RING_BYTES // step, 2), RING_STEPS)
         self.ring = fixed(like, slots, n_sites, batch, n_vec)
+        self._fused = paths.takes_kernels(met.device, met.dtype)
+        if self._fused:
+            routes.ops()
 
     def write(self, scorer: Scorer) -> None:
         self.units.copy_(scorer.units(self.units.device, self.units.dtype))
@@ -135,6 +138,9 @@ class Watch:
 
     @no_type_check
     def score(self, step):
+        if self._fused:
+            torch.ops.pvcore.project_stack_out.default(self.rows, self.units, self.ring, step)
+            return
         scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
         slot = (step % self.ring.shape[0]).reshape(1)
         self.ring.index_copy_(0, slot, scores[None])
@@ -144,7 +150,7 @@ class _Spot:
     """One site: its moves in order, and where monitors want its rows."""
 
     def __init__(
-        self, moves: Sequence[Shifts | Joints], watched: Iterable[tuple[Watch, int]]
+        self, moves: Sequence[Shifts | Joints | Landings], watched: Iterable[tuple[Watch, int]]
     ) -> None:
         self.moves, self.watched = tuple(moves), tuple(watched)
 
@@ -162,10 +168,14 @@ class Resident:
         self.spots: dict[str, _Spot] = {}
         gauges: Gauges = {}
         for site, moves in plan.moves.items():
-            made: list[Shifts | Joints] = []
+            made: list[Shifts | Joints | Landings] = []
+            met = plan.met[site]
             for move in moves:
                 if isinstance(move, Shift):
                     made.append(Shifts(move, plan.batch))
+                    continue
+                if is_landing(move, met.device, met.dtype):
+                    made.append(Landings(move, plan.batch))
                     continue
                 made.append(joints := Joints(move, plan.batch, gauges))
                 if joints.answer is not None:

@@ -1,8 +1,9 @@
 """Resident moves: what a plan does at one site, as buffers that a compiled decode step works on.
 
 The arithmetic is that of `pvcore_kernels.reference`, in ops that inductor fuses with the norms
-around a site, which an opaque op would keep it from. Functions that a compiler traces carry
-`no_type_check`: the run-time type checker of the tests would break the graph.
+around a site, which an opaque op would keep it from; only a joint step is worth one. Functions
+that a compiler traces carry `no_type_check`: the run-time type checker of the tests would break
+the graph.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from pvcore.dials import Dial
 from pvcore.frames import Call
 from pvcore.programs import FarGate, Joint, Link, Shift
 from pvcore.sites import Site
+from pvcore_kernels import routes
+from pvcore_kernels.landing import interval, lands
 
 
 def fixed(like: Tensor, *shape: int) -> Tensor:
@@ -67,15 +70,8 @@ class _Clips:
         assert not isinstance(step, kernels.AddStep)
         self.index.copy_(torch.tensor(step.index))
         self.inverse.copy_(step.gram_inverse)
-        if isinstance(step, kernels.AblateStep):
-            self.low.zero_()
-            self.high.zero_()
-            return
-        for buffer, bound, free in (
-            (self.low, step.low, -torch.inf),
-            (self.high, step.high, torch.inf),
-        ):
-            buffer.copy_(buffer.new_tensor(free) if bound is None else torch.as_tensor(bound))
+        for buffer, bound in zip((self.low, self.high), interval(step), strict=True):
+            buffer.copy_(torch.as_tensor(bound))
 
     @no_type_check
     def __call__(self, scores, total, gram):
@@ -201,3 +197,40 @@ class Joints:
                 change = change * level
             total = total + change
         return (h + total @ self.units).to(h.dtype)
+
+
+def is_landing(move: Joint, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel does all of a program, on rows of a dtype; nothing else may read it."""
+    free = move.gauge is None and not any(move.far) and not any(move.dials)
+    return free and lands(move.steps, len(move.units), device, dtype)
+
+
+class Landings:
+    """A joint step as one launch between the block's last add and the next norm.
+
+    As torch operations it would be a dozen, of which inductor fuses what lies between products.
+    """
+
+    def __init__(self, move: Joint, batch: int) -> None:
+        routes.ops()
+        n_vec, d_model = move.units.shape
+        self.units = fixed(move.units, n_vec, d_model)
+        self.inverse = fixed(move.units, n_vec, n_vec)
+        self.low, self.high = (fixed(move.units, batch, n_vec) for _ in range(2))
+        self.row = torch.arange(batch, dtype=torch.int32, device=move.units.device)
+        torch._dynamo.mark_static_address(self.row)
+
+    def write(self, move: Joint) -> None:
+        (step,) = move.steps
+        assert not isinstance(step, kernels.AddStep)
+        self.units.copy_(move.units[list(step.index)])
+        self.inverse.copy_(step.gram_inverse)
+        for buffer, bound in zip((self.low, self.high), interval(step), strict=True):
+            buffer.copy_(torch.as_tensor(bound).reshape(-1, 1))
+
+    @no_type_check
+    def __call__(self, h):
+        moved, _scores = torch.ops.pvcore.intervene.default(
+            h.reshape(-1, h.shape[-1]), self.units, self.low, self.high, self.row, self.inverse
+        )
+        return moved.view(h.shape)

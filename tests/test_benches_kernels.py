@@ -1,6 +1,7 @@
 """Measurements of the kernels: what they move, what a GPU could do at best, and no GPU at all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from benches import gpu_kernels, gpu_tests, gpu_workload, kernels, record
 from benches.gpu_workload import Ceilings, Point, binds, floor_us, points, rotations
+from benches.kernels_by_hand import Operands
 
 NO_GPU_HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="another version: a GPU is here")
 
@@ -51,19 +53,41 @@ def test_without_a_gpu_the_record_has_no_figure_and_says_why(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", kernels.PAIRS)
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
-def test_an_op_and_its_hand_written_twin_do_the_same(name: str, dtype: str) -> None:
-    found = kernels.Operands.of(5, 3, 64, kernels.DTYPES[dtype])
-    assert kernels.error_of(name, found) <= kernels.SCORES
-    twin = kernels.Operands.of(5, 3, 64, kernels.DTYPES[dtype])
-    kernels.PAIRS[name][1](twin)
-    assert torch.equal(twin.h, found.h)
-    if name != "steer":
-        assert torch.allclose(twin.scores, found.scores, atol=1e-5)
+@pytest.mark.parametrize("t", [1, 5, 40])
+def test_an_op_and_every_way_by_hand_do_the_same(name: str, dtype: str, t: int) -> None:
+    pair = kernels.PAIRS[name]
+
+    def operands() -> Operands:
+        return Operands.of(t, 3, 64, kernels.DTYPES[dtype], requests=pair.requests)
+
+    found = operands()
+    assert kernels.error_of(name, found) <= 1.0
+    assert torch.equal(found.h, operands().h) == (name == "project")
+    for way in pair.hand:
+        twin = operands()
+        way(twin)
+        torch.testing.assert_close(twin.h, found.h)
+        if pair.requests == "mixed":
+            assert torch.equal(twin.h, found.h)
+        if pair.scores:
+            assert torch.allclose(twin.scores, found.scores, atol=1e-5)
+
+
+def test_a_row_moved_that_has_no_request_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "steer, mixed requests"
+    pair = kernels.PAIRS[name]
+
+    def careless(x: Operands) -> None:
+        pair.op(x)
+        x.h[2] += 1e-3
+
+    monkeypatch.setitem(kernels.PAIRS, name, replace(pair, op=careless))
+    assert kernels.error_of(name, Operands.of(8, 3, 64, torch.float32, requests="mixed")) > 1
 
 
 def test_a_wrong_op_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, hand = kernels.PAIRS["project"]
-    monkeypatch.setitem(kernels.PAIRS, "project", (lambda x: x.scores.fill_(0.1), hand))
+    wrong = replace(kernels.PAIRS["project"], op=lambda x: x.scores.fill_(0.1))
+    monkeypatch.setitem(kernels.PAIRS, "project", wrong)
     made = kernels.measure(kernels.QUICK, command="x")
     assert not made.correct
     assert {cell.status for cell in made.cells.values()} == {"failed"}

@@ -151,6 +151,9 @@ def test_the_doctor_looks_at_packages_machine_and_model(pvcore: Any) -> None:
     kernels = document["machine"]["kernels"]
     assert kernels["cpu"] == "plain torch: cpu is no CUDA device"
     assert len(kernels) == 1 + torch.cuda.device_count()
+    scores = document["machine"]["scores"]
+    assert scores["cpu"] == "plain torch for rows of bfloat16 on cpu"
+    assert scores.keys() == kernels.keys()
     assert document["model"]["sites"] == dict.fromkeys(
         ["resid_pre", "resid_mid", "resid_post"], "0 to 3"
     )

@@ -11,6 +11,6 @@ from pvcore_kernels.reference import coefficients as coefficients
 from pvcore_kernels.reference import intervene as intervene
 from pvcore_kernels.reference import joint_inverse as joint_inverse
 from pvcore_kernels.reference import opened as opened
-from pvcore_kernels.reference import project as project
-from pvcore_kernels.reference import project_layers as project_layers
-from pvcore_kernels.reference import segment_mean as segment_mean
+from pvcore_kernels.routes import project as project
+from pvcore_kernels.routes import project_layers as project_layers
+from pvcore_kernels.routes import segment_mean as segment_mean

@@ -87,6 +87,22 @@ def layers(hs: Sequence[Tensor], v: Tensor) -> None:
         like("every layer's rows", h, hs[0])
 
 
+def stack(hs: Tensor, v: Tensor, scores: Tensor, step: Tensor | None) -> None:
+    if hs.ndim != 3 or v.ndim != 3 or hs.shape[::2] != v.shape[::2]:
+        got = f"of shape {tuple(hs.shape)} for vectors {tuple(v.shape)}"
+        _refuse("hs", got, "[layer, t, d_model], for v [layer, k, d_model]")
+    wanted: tuple[int, ...] = (hs.shape[0], hs.shape[1], v.shape[1])
+    if step is not None:
+        wanted = (scores.shape[0], *wanted)
+        if step.ndim != 0 or step.dtype != torch.int64:
+            _refuse("step", f"{step.dtype} of shape {tuple(step.shape)}", "one int64")
+    if tuple(scores.shape) != wanted or scores.dtype != accumulator(hs.dtype):
+        got = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        _refuse("scores", got, f"{accumulator(hs.dtype)} of shape {wanted}")
+    if not scores.is_contiguous():
+        _refuse("scores", f"of strides {scores.stride()}", "contiguous")
+
+
 def step(
     h: Tensor, v: Tensor, low: Tensor, high: Tensor, row: Tensor, gram_inverse: Tensor
 ) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA side of every op on packed rows: plain torch, Triton or cuBLAS, by `paths.path`.
+"""What every op on packed rows runs: plain torch, Triton or cuBLAS, by `paths.path`.
 
 Triton is imported by the first call that launches a kernel.
 """
@@ -56,9 +56,11 @@ def segment_mean(
 
 
 def moved_like(h: Float[Tensor, "t d_model"]) -> Float[Tensor, "t d_model"]:
-    """A contiguous output where that is aligned, else an aligned one to be made contiguous."""
+    """A contiguous output where plain torch or an aligned one will do, else an aligned one."""
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return out if is_aligned(out) else empty_rows(*h.shape, dtype=h.dtype, device=h.device)
+    if path(h.device, h.dtype, 0) == "reference" or is_aligned(out):
+        return out
+    return empty_rows(*h.shape, dtype=h.dtype, device=h.device)
 
 
 def steer_into(
@@ -86,7 +88,11 @@ def steer_project_into(
 ) -> None:
     """One launch where one program can hold all vectors; else the scores, and then the add."""
     split = len(h) <= SPLIT_ROWS and len(v) > SPLIT_VECTORS
-    if split or len(v) == 0 or path(h.device, h.dtype, len(v)) != "triton":
+    taken = path(h.device, h.dtype, len(v))
+    if taken == "reference":
+        plain.steer_project_into(out, scores, h, v, delta, row)
+        return
+    if split or len(v) == 0 or taken != "triton":
         project_into(scores, h, v, None)
         steer_into(out, h, delta, row)
         return
@@ -103,7 +109,11 @@ def steer_project_tokens_into(
     v: Float[Tensor, "k d_model"],
     c: Float[Tensor, "t k"],
 ) -> None:
-    if len(v) == 0 or path(h.device, h.dtype, len(v)) != "triton":
+    taken = path(h.device, h.dtype, len(v))
+    if taken == "reference":
+        plain.steer_project_tokens_into(out, scores, h, v, c)
+        return
+    if len(v) == 0 or taken != "triton":
         project_into(scores, h, v, None)
         plain.add_tokens_into(out, h, v, c)
         return

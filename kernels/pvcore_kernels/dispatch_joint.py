@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from pvcore_kernels import dispatch, joint
-from pvcore_kernels.layout import aligned, require_aligned
+from pvcore_kernels.layout import aligned_stack, require_aligned
 from pvcore_kernels.paths import path
 
 # Wider banks spill registers in the fused step, and in the norm their sums would be all it does.
@@ -28,8 +28,24 @@ def project_layers_into(
 
     if not out.is_contiguous():
         raise ValueError(f"scores have strides {out.stride()}; a kernel writes them contiguous.")
-    flat = aligned(v.reshape(-1, v.shape[2]))
-    project_layers(hs, flat.view(v.shape), out)
+    project_layers(hs, aligned_stack(v), out)
+
+
+def project_stack_into(
+    out: Float[Tensor, "*slot layer t k"],
+    hs: Float[Tensor, "layer t d_model"],
+    v: Float[Tensor, "layer k d_model"],
+    step: Int64[Tensor, ""] | None,
+) -> None:
+    if path(hs.device, hs.dtype, 0) != "reference":
+        from pvcore_kernels.tiled.layers import project_stack
+
+        project_stack(aligned_stack(hs), aligned_stack(v), out, step)
+    elif step is None:
+        torch.bmm(hs.to(out.dtype), v.to(out.dtype).mT, out=out)
+    else:
+        scores = torch.bmm(hs.to(out.dtype), v.to(out.dtype).mT)
+        out.index_copy_(0, (step % out.shape[0]).reshape(1), scores[None])
 
 
 def intervene(

@@ -36,6 +36,14 @@ def aligned(rows: Shaped[Tensor, "n d_model"]) -> Shaped[Tensor, "n d_model"]:
     return copy.copy_(rows)
 
 
+def aligned_stack(rows: Shaped[Tensor, "layer n d_model"]) -> Shaped[Tensor, "layer n d_model"]:
+    """Stacked rows as they are where every one is aligned, else an aligned copy."""
+    first = rows[0] if len(rows) else rows.flatten(0, 1)
+    if is_aligned(first) and rows.stride(0) % ALIGNMENT == 0:
+        return rows
+    return aligned(rows.flatten(0, 1)).view(rows.shape)
+
+
 def require_aligned(rows: Shaped[Tensor, "n d_model"], name: str) -> None:
     """For what a kernel writes in place, where a copy would be written instead."""
     overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]

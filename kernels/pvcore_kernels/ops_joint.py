@@ -1,6 +1,7 @@
 """The ops on several layers or vectors together, under `pvcore::`.
 
     project_layers(hs, v) -> scores                     project_layers_out(hs, v, scores)
+    project_stack_out(hs, v, scores, step=None)
     intervene(h, v, low, high, row, gram_inverse) -> (h', scores)
     intervene_(h, v, low, high, row, gram_inverse, scores)
     add_rmsnorm_steer_project(x, residual, weight, eps, delta, row, v, offset) -> (y, h', scores)
@@ -8,7 +9,9 @@
 
 `hs` are `[t, d]` for each layer and `v [layer, k, d]`; `low` and `high` are `[b, k]`, `row [t]`
 picks the request of a row, which stays as it is where there is none. `gram_inverse` is the inverse
-of `v vᵀ`. Scores are of the rows as they came: in the fused norm those of `x + residual`.
+of `v vᵀ`. Scores are of the rows as they came: in the fused norm those of `x + residual`. In
+`project_stack_out` the layers lie in one tensor `[layer, t, d]`; with a `step`, one int64 on the
+device, `scores` are a ring `[slot, layer, t, k]` of which slot `step % n_slots` is written.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvcore_kernels import checks, gradients_joint, joint
+from pvcore_kernels import checks, gradients_joint
 from pvcore_kernels import dispatch_joint as dispatch
 from pvcore_kernels.reference import accumulator
 from pvcore_kernels.registry import refuse_gradients, register
@@ -28,12 +31,7 @@ def _layer_scores(hs: Sequence[Tensor], v: Tensor) -> Tensor:
     return hs[0].new_empty(len(hs), hs[0].shape[0], v.shape[1], dtype=dtype)
 
 
-def _project_layers_cpu(hs: Sequence[Tensor], v: Tensor) -> Tensor:
-    checks.layers(hs, v)
-    return joint.project_layers(hs, v)
-
-
-def _project_layers_cuda(hs: Sequence[Tensor], v: Tensor) -> Tensor:
+def _project_layers(hs: Sequence[Tensor], v: Tensor) -> Tensor:
     scores = _layer_scores(hs, v)
     dispatch.project_layers_into(scores, hs, v)
     return scores
@@ -47,6 +45,18 @@ def _project_layers_out(hs: Sequence[Tensor], v: Tensor, scores: Tensor) -> None
 
 def _project_layers_out_fake(hs: Sequence[Tensor], v: Tensor, scores: Tensor) -> None:
     checks.like("scores", scores, _layer_scores(hs, v))
+
+
+def _project_stack_out(hs: Tensor, v: Tensor, scores: Tensor, step: Tensor | None = None) -> None:
+    checks.stack(hs, v, scores, step)
+    refuse_gradients("project_stack_out", hs, v, scores)
+    dispatch.project_stack_into(scores, hs, v, step)
+
+
+def _project_stack_out_fake(
+    hs: Tensor, v: Tensor, scores: Tensor, step: Tensor | None = None
+) -> None:
+    checks.stack(hs, v, scores, step)
 
 
 def _moved(
@@ -161,37 +171,37 @@ _NORM = "Tensor weight, float eps, Tensor delta, Tensor row, Tensor v"
 
 project_layers = register(
     "project_layers(Tensor[] hs, Tensor v) -> Tensor",
-    cpu=_project_layers_cpu,
-    cuda=_project_layers_cuda,
+    run=_project_layers,
     fake=_layer_scores,
     backward=gradients_joint.layers,
     setup_context=gradients_joint.keep_layers,
 )
 project_layers_out = register(
     "project_layers_out(Tensor[] hs, Tensor v, Tensor(a!) scores) -> ()",
-    cpu=_project_layers_out,
-    cuda=_project_layers_out,
+    run=_project_layers_out,
     fake=_project_layers_out_fake,
+)
+project_stack_out = register(
+    "project_stack_out(Tensor hs, Tensor v, Tensor(a!) scores, Tensor? step=None) -> ()",
+    run=_project_stack_out,
+    fake=_project_stack_out_fake,
 )
 intervene = register(
     f"intervene(Tensor h, {_STEP}) -> (Tensor, Tensor)",
-    cpu=_intervene,
-    cuda=_intervene,
+    run=_intervene,
     fake=_moved,
     backward=gradients_joint.intervene,
     setup_context=gradients_joint.keep_intervene,
 )
 intervene_ = register(
     f"intervene_(Tensor(a!) h, {_STEP}, Tensor(b!) scores) -> ()",
-    cpu=_intervene_in_place,
-    cuda=_intervene_in_place,
+    run=_intervene_in_place,
     fake=_intervene_in_place_fake,
 )
 add_rmsnorm_steer_project = register(
     f"add_rmsnorm_steer_project(Tensor x, Tensor residual, {_NORM}, bool offset=False)"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=_norm,
-    cuda=_norm,
+    run=_norm,
     fake=_norm_fake,
     backward=gradients_joint.norm,
     setup_context=gradients_joint.keep_norm,
@@ -199,7 +209,6 @@ add_rmsnorm_steer_project = register(
 add_rmsnorm_steer_project_ = register(
     f"add_rmsnorm_steer_project_(Tensor x, Tensor(a!) residual, {_NORM}, bool offset, Tensor(b!) y,"
     " Tensor(c!) scores) -> ()",
-    cpu=_norm_in_place,
-    cuda=_norm_in_place,
+    run=_norm_in_place,
     fake=_norm_in_place_fake,
 )

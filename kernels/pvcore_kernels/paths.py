@@ -10,7 +10,7 @@ from pvcore_kernels.launch import crossover, device_table
 
 Path = Literal["reference", "triton", "cublas"]
 
-HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
@@ -18,9 +18,14 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
+def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """The switch: whether rows of a dtype go to kernels, in every op and in whoever asks here."""
+    return device.type == "cuda" and dtype in DTYPES and triton_installed()
+
+
 def path(device: torch.device, dtype: torch.dtype, n_vec: int) -> Path:
     """`dtype` is that of the rows; ops that project on nothing have `n_vec` 0."""
-    if device.type != "cuda" or dtype not in (*HALVES, torch.float32) or not triton_installed():
+    if not takes_kernels(device, dtype):
         return "reference"
     return "triton" if n_vec <= crossover(device) else "cublas"
 
@@ -40,3 +45,13 @@ def path_taken(device: torch.device, *, dtype: torch.dtype, n_vec: int) -> str:
     if not triton_installed():
         return "plain torch: Triton is not installed"
     return f"plain torch: no kernel is written for {name}"
+
+
+def engine_path(device: torch.device, *, dtype: torch.dtype) -> str:
+    """In words, for a user: what pvcore's engines leave to the ops on a device."""
+    if takes_kernels(device, dtype):
+        return (
+            "kernels: prompts and means as they come, all layers of a decode step in one launch, "
+            "and in the graph engine a joint step in one"
+        )
+    return f"plain torch for rows of {str(dtype).removeprefix('torch.')} on {device}"

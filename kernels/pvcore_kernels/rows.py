@@ -29,11 +29,13 @@ def project(
     """Scores `<h_t, v_k>` of all rows, or of those listed in `rows`."""
     picked = h if rows is None else h.index_select(0, rows)
     wide = accumulator(h.dtype)
-    columns = v.to(wide).mT
-    if picked.dtype == wide or len(picked) <= BLOCK:
+    columns = (v if v.dtype is wide else v.to(wide)).t()
+    if h.dtype is wide:
+        return torch.mm(picked, columns, out=out)
+    if picked.shape[0] <= BLOCK:
         return torch.mm(picked.to(wide), columns, out=out)
     scores = h.new_empty(len(picked), len(v), dtype=wide) if out is None else out
-    scratch = h.new_empty(min(BLOCK, len(picked)), h.shape[1], dtype=wide)
+    scratch = h.new_empty(BLOCK, h.shape[1], dtype=wide)
     for start in range(0, len(picked), BLOCK):
         block = picked[start : start + BLOCK]
         torch.mm(
@@ -64,48 +66,85 @@ def steer_into(
 ) -> None:
     """`out = h + delta[row]`; `out` may be `h`.
 
-    Rows of one request stand together in a prefill, and each run of them is one add. Where runs
-    are short, as in decoding, the rows of `delta` are gathered.
+    Rows of one request are one add, and so is each long run of them in a prefill of several. Where
+    runs are short, as in decoding, the rows of `delta` are gathered.
     """
-    runs = _runs(row)
-    if (last := max((request for request, _length in runs), default=-1)) >= len(delta):
-        raise IndexError(f"A row asks for request {last} of {len(delta)} in delta.")
+    n_rows, n_requests = row.shape[0], delta.shape[0]
+    low, high = _extremes(row, n_rows)
+    if high >= n_requests:
+        raise IndexError(f"A row asks for request {high} of {n_requests} in delta.")
+    if low == high >= 0:
+        _add(out, h, delta if n_requests == 1 else delta.select(0, low))
+        return
     if out is not h:
         out.copy_(h)
-    if len(runs) == 1 or len(runs) * 8 <= len(row):
+    if high < 0:
+        return
+    runs = _runs(row) if n_rows > FEW else ()
+    if runs and len(runs) * 8 <= n_rows:
         start = 0
         for request, length in runs:
             if request >= 0:
-                _add_to_run(out[start : start + length], delta[request])
+                run = out[start : start + length]
+                _add(run, run, delta[request])
             start += length
-        return
-    active = (row >= 0).nonzero()[:, 0]
-    if len(active) == len(row):
-        out += delta.index_select(0, row)
+    elif low >= 0:
+        _add(out, out, delta.index_select(0, row))
     else:
-        out[active] = (out[active] + delta[row[active].long()]).to(out.dtype)
+        _add_where_active(out, delta, row)
+
+
+def _extremes(row: Int[Tensor, " t"], n_rows: int) -> tuple[int, int]:
+    """The lowest and the highest request; on a few rows Python's loop wins."""
+    if n_rows == 1:
+        request = int(row.item())
+        return request, request
+    if n_rows <= FEW:
+        requests = row.tolist()
+        return min(requests, default=-1), max(requests, default=-1)
+    low, high = row.aminmax()
+    return int(low), int(high)
 
 
 def _runs(row: Int[Tensor, " t"]) -> list[tuple[int, int]]:
-    """Neighbouring rows of one request, as requests and lengths; Python's loop wins on few rows."""
-    if len(row) > FEW:
-        low, high = row.aminmax()
-        if (request := int(low)) == int(high):
-            return [(request, len(row))]
+    """Neighbouring rows of one request, as requests and lengths."""
     if len(row) <= BLOCK:
         return [(request, len(list(same))) for request, same in groupby(row.tolist())]
     requests, lengths = torch.unique_consecutive(row, return_counts=True)
     return list(zip(requests.tolist(), lengths.tolist(), strict=True))
 
 
-def _add_to_run(run: Float[Tensor, "n d_model"], delta: Float[Tensor, " d_model"]) -> None:
-    if run.dtype == delta.dtype:
-        run += delta
+def _add(
+    out: Float[Tensor, "n d_model"],
+    h: Float[Tensor, "n d_model"],
+    delta: Float[Tensor, "*#n d_model"],
+) -> None:
+    """`out = h + delta`; mixed dtypes cost torch a whole copy, so a few rows at a time."""
+    n_rows = h.shape[0]
+    if n_rows <= ADD_BLOCK or h.dtype == delta.dtype:
+        if out is h:
+            h.add_(delta)
+        else:
+            torch.add(h, delta, out=out)
         return
-    for block in torch.split(
-        run, ADD_BLOCK
-    ):  # torch adds mixed dtypes by way of a whole float32 copy
-        block.add_(delta)
+    each = delta.ndim == 2 and delta.shape[0] == n_rows
+    for start in range(0, n_rows, ADD_BLOCK):
+        block = slice(start, start + ADD_BLOCK)
+        torch.add(h[block], delta[block] if each else delta, out=out[block])
+
+
+def _add_where_active(
+    out: Float[Tensor, "t d_model"], delta: Float[Tensor, "b d_model"], row: Int[Tensor, " t"]
+) -> None:
+    """Add to the rows that have a request; the others are not even read."""
+    active = (row >= 0).nonzero().squeeze(1)
+    moves = delta.index_select(0, row.index_select(0, active))
+    if out.dtype == delta.dtype:
+        out.index_add_(0, active, moves)
+    else:
+        moved = out.index_select(0, active)
+        _add(moved, moved, moves)
+        out.index_copy_(0, active, moved)
 
 
 def add_tokens_into(
@@ -115,14 +154,38 @@ def add_tokens_into(
     c: Float[Tensor, "t k"],
 ) -> None:
     """`out = h + c v`; `out` may be `h`."""
+    steer_project_tokens_into(out, None, h, v, c)
+
+
+def steer_project_tokens_into(
+    out: Float[Tensor, "t d_model"],
+    scores: Float[Tensor, "t k"] | None,
+    h: Float[Tensor, "t d_model"],
+    v: Float[Tensor, "k d_model"],
+    c: Float[Tensor, "t k"],
+) -> None:
+    """`out = h + c v` and, where they are wanted, the scores of `h`; rows are widened once."""
     wide = accumulator(h.dtype)
-    vectors, coefficients = v.to(wide), c.to(wide)
-    if h.dtype == wide:
+    vectors = v if v.dtype is wide else v.to(wide)
+    coefficients = c if c.dtype is wide else c.to(wide)
+    if h.dtype is wide:
+        if scores is not None:
+            torch.mm(h, vectors.t(), out=scores)
         torch.addmm(h, coefficients, vectors, out=out)
         return
-    for start in range(0, len(h), BLOCK):
-        block = slice(start, start + BLOCK)
-        out[block] = torch.addmm(h[block].to(wide), coefficients[block], vectors).to(h.dtype)
+    columns, n_rows = vectors.t(), h.shape[0]
+    if n_rows <= BLOCK:
+        rows = h.to(wide)
+        if scores is not None:
+            torch.mm(rows, columns, out=scores)
+        out.copy_(rows.addmm_(coefficients, vectors))
+        return
+    for start in range(0, n_rows, BLOCK):
+        block = slice(start, min(start + BLOCK, n_rows))
+        rows = h[block].to(wide)
+        if scores is not None:
+            torch.mm(rows, columns, out=scores[block])
+        out[block] = rows.addmm_(coefficients[block], vectors)
 
 
 def steer(
@@ -132,6 +195,19 @@ def steer(
     moved = torch.empty_like(h, memory_format=torch.contiguous_format)
     steer_into(moved, h, delta, row)
     return moved
+
+
+def steer_project_into(
+    out: Float[Tensor, "t d_model"],
+    scores: Float[Tensor, "t k"],
+    h: Float[Tensor, "t d_model"],
+    v: Float[Tensor, "k d_model"],
+    delta: Float[Tensor, "b d_model"],
+    row: Int[Tensor, " t"],
+) -> None:
+    """`out = h + delta[row]`, and the scores of `h`; `out` may be `h`."""
+    project(h, v, out=scores)
+    steer_into(out, h, delta, row)
 
 
 def steer_project(
@@ -149,5 +225,6 @@ def steer_project_tokens(
 ) -> tuple[Float[Tensor, "t d_model"], Float[Tensor, "t k"]]:
     """`h + c v` with coefficients of its own for every row, and the scores of `h`."""
     moved = torch.empty_like(h, memory_format=torch.contiguous_format)
-    add_tokens_into(moved, h, v, c)
-    return moved, project(h, v)
+    scores = h.new_empty(h.shape[0], v.shape[0], dtype=accumulator(h.dtype))
+    steer_project_tokens_into(moved, scores, h, v, c)
+    return moved, scores

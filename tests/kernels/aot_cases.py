@@ -38,7 +38,7 @@ class Case:
 
     @property
     def writes_rows(self) -> bool:
-        return self.op not in ("project", "project_layers", "segment_mean")
+        return self.op not in ("project", "project_layers", "project_stack", "segment_mean")
 
 
 def cases() -> Iterator[Case]:
@@ -54,6 +54,13 @@ def cases() -> Iterator[Case]:
     for dtype in (HALF, FULL):
         for d in (NARROW, WIDE, 8192):
             yield Case("add_rmsnorm_steer_project", 16, 7, d, dtype, FULL)
+
+
+def stacked() -> Iterator[Case]:
+    """Layers that lie in one tensor, on the tiles of those that a table lists."""
+    for dtype in (HALF, FULL):
+        for t in (16, MANY):
+            yield Case("project_stack", t, 128, WIDE, dtype, FULL)
 
 
 def smoke() -> Iterator[Case]:
@@ -81,6 +88,12 @@ def call(case: Case) -> Callable[[], None]:
         "steer_project_tokens": lambda: steer.steer_project_tokens(h, v, scores, h, scores),
         "project_layers": lambda: layers.project_layers(
             [h, h], torch.stack([v, v]), torch.empty(2, t, k)
+        ),
+        "project_stack": lambda: layers.project_stack(
+            torch.stack([h, h]),
+            torch.stack([v, v]),
+            torch.empty(4, 2, t, k),
+            torch.zeros((), dtype=torch.int64),
         ),
         "intervene": lambda: intervene.intervene(
             h, v, bounds, bounds, row, torch.empty(k, k), h, scores

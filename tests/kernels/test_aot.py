@@ -6,6 +6,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.kernels.aot import Resources, compiling, resources
-from tests.kernels.aot_cases import Case, call, cases, smoke
+from tests.kernels.aot_cases import Case, call, cases, smoke, stacked
 
 BUDGET = Path(__file__).with_name("aot_budget.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -24,6 +25,8 @@ OTHERS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MOST_SHARED = 227 << 10
+# For a second stride and the slot of a ring.
+FEW_REGISTERS = 8
 CASES, SMOKE = tuple(cases()), tuple(smoke())
 
 
@@ -58,6 +61,16 @@ def test_a_tile_on_hopper(case: Case) -> None:
     allowed = budget().get(str(case))
     assert allowed is not None, "no budget: run python -m tests.kernels.test_aot"
     assert all(taken(found)[name] <= most for name, most in allowed.items()), taken(found)
+
+
+@pytest.mark.parametrize("case", tuple(stacked()), ids=str)
+def test_stacked_layers_take_what_listed_ones_take(case: Case) -> None:
+    found = resources(compiled(case, HOPPER))
+    listed = resources(compiled(replace(case, op="project_layers"), HOPPER))
+    assert (found.stack, found.local, found.narrow_loads) == (0, 0, 0)
+    assert found.wide_loads == listed.wide_loads > 0
+    assert found.shared == listed.shared
+    assert found.registers <= listed.registers + FEW_REGISTERS
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

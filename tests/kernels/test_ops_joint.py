@@ -74,6 +74,26 @@ def test_layers_scored_together_match_float64(shape, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*DTYPES, WIDE])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stacked_layers_are_scored_like_listed_ones_into_a_slot_of_a_ring(shape, dtype, device):
+    n_rows, n_vec, width = shape
+    hs = torch.stack([residual(n_rows, width, dtype, seed=s) for s in range(3)]).to(device)
+    v = torch.stack([unit_rows(n_vec, width, dtype, seed=s) for s in range(3)]).to(device)
+    wanted = ops.project_layers(list(hs), v)
+    out, ring = torch.full_like(wanted, torch.nan), wanted.new_full((5, *wanted.shape), torch.nan)
+    ops.project_stack_out(hs, v, out)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    for turn in (3, 9):
+        ops.project_stack_out(hs, v, ring, step.fill_(turn))
+    assert same_bits(out, wanted)
+    assert same_bits(ring[3], wanted)
+    assert same_bits(ring[4], wanted)
+    assert ring[:3].isnan().all()
+    assert wanted.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gemma", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_vec", [0, 3, 12])
@@ -156,8 +176,12 @@ def test_opcheck_of_the_functional_ops(case, device):
 def test_opcheck_of_the_ops_that_write(device):
     cases = samples(torch.float32)
     scores = torch.empty(6, 3)
+    hs, v = cases["project_layers"]
+    stacked = torch.stack(hs), v
     written = {
         "project_layers_out": (*cases["project_layers"], torch.empty(2, 6, 3)),
+        "project_stack_out": (*stacked, torch.empty(2, 6, 3)),
+        "project_stack_out of a ring": (*stacked, torch.zeros(3, 2, 6, 3), torch.tensor(4)),
         "intervene_": (*cases["intervene"], scores),
         "add_rmsnorm_steer_project_": (
             *cases["add_rmsnorm_steer_project"],
@@ -167,7 +191,8 @@ def test_opcheck_of_the_ops_that_write(device):
     }
     for name, arguments in written.items():
         given = tuple(placed(one, device, grad=False) for one in arguments)
-        assert set(torch.library.opcheck(getattr(ops, name), given).values()) == {"SUCCESS"}
+        op = getattr(ops, name.partition(" ")[0])
+        assert set(torch.library.opcheck(op, given).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("case", samples(WIDE))
@@ -271,6 +296,21 @@ def test_a_step_by_the_gram_matrix_needs_no_second_look_at_the_rows():
         (lambda c: ops.intervene(*c[:4], c[4].long(), c[5]), "row is torch.int64"),
         (lambda c: ops.project_layers([c[0]], c[1]), "v is of shape"),
         (lambda c: ops.project_layers([c[0], c[0][:2]], c[1].expand(2, 3, 16)), "every layer's"),
+        (lambda c: ops.project_stack_out(c[0], c[1], torch.empty(6, 3)), "hs is of shape"),
+        (
+            lambda c: ops.project_stack_out(c[0][None], c[1][None], torch.empty(6, 3)),
+            r"scores is torch.float32 of shape \(6, 3\)",
+        ),
+        (
+            lambda c: ops.project_stack_out(c[0][None], c[1][None], torch.empty(1, 3, 6).mT),
+            "scores is of strides",
+        ),
+        (
+            lambda c: ops.project_stack_out(
+                c[0][None], c[1][None], torch.empty(2, 1, 6, 3), torch.ones(1)
+            ),
+            "step is torch.float32",
+        ),
         (
             lambda c: ops.add_rmsnorm_steer_project(
                 c[0], c[0][:2], c[0][0], 1e-5, c[0], c[4], c[1]

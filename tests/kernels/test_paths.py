@@ -53,6 +53,10 @@ def test_the_path_on_a_gpu_is_chosen_by_dtype_and_vectors(monkeypatch, dtype, n_
     assert paths.path(cuda, dtype, n_vec) == path
     words = {"triton": "untuned", "cublas": "more than 128", "reference": "float64"}
     assert words[path] in paths.path_taken(cuda, dtype=dtype, n_vec=n_vec)
+    assert paths.takes_kernels(cuda, dtype) == (path != "reference")
+    engine = paths.engine_path(cuda, dtype=dtype)
+    assert engine.startswith("plain torch" if path == "reference" else "kernels: ")
+    assert not paths.takes_kernels(CPU, dtype)
     monkeypatch.setattr(paths, "triton_installed", lambda: False)
     assert paths.path(cuda, dtype, n_vec) == "reference"
     assert "not installed" in paths.path_taken(cuda, dtype=dtype, n_vec=n_vec)

@@ -1,6 +1,7 @@
-"""Deferred monitoring: the rows of every layer scored in one launch, through a table of addresses.
+"""Deferred monitoring: the rows of every layer scored in one launch.
 
-A program sums over the whole width in one order and meets no other: a row's score does not depend
+They are found through a table of addresses, or lie stacked in one tensor, whose strides tell. A
+program sums over the whole width in one order and meets no other: a row's score does not depend
 on what is beside it.
 """
 
@@ -27,16 +28,21 @@ TYPES: dict[torch.dtype, Any] = {
 @triton.jit
 @no_type_check
 def project_layers_kernel(
-    table_ptr,
+    source_ptr,
     v_ptr,
     scores_ptr,
+    step_ptr,
+    n_slots,
     n_rows,
     n_vec,
     h_stride,
+    h_layer_stride,
     v_stride,
     v_layer_stride,
     D: tl.constexpr,
     TYPE: tl.constexpr,
+    STACKED: tl.constexpr,
+    RING: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +52,10 @@ def project_layers_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_inside, k_inside = t < n_rows, k < n_vec
-    h_ptr = tl.multiple_of(tl.load(table_ptr + layer).to(tl.pointer_type(TYPE)), 16)
+    if STACKED:
+        h_ptr = source_ptr + layer * h_layer_stride
+    else:
+        h_ptr = tl.multiple_of(tl.load(source_ptr + layer).to(tl.pointer_type(TYPE)), 16)
     h_at, v_at = t.to(tl.int64) * h_stride, layer * v_layer_stride + k * v_stride
     scores = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -54,6 +63,8 @@ def project_layers_kernel(
         h = load_tile(h_ptr, h_at, columns, t_inside, D, D % BLOCK_D == 0)  # [BLOCK_T, BLOCK_D]
         v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
         scores = add_scores(scores, h, v, WIDE)
+    if RING:
+        layer += (tl.load(step_ptr) % n_slots) * tl.num_programs(2)
     scores_at = (layer * n_rows + t)[:, None] * n_vec + k[None, :]
     tl.store(scores_ptr + scores_at, scores, mask=t_inside[:, None] & k_inside[None, :])
 
@@ -82,16 +93,47 @@ def project_layers(
         if len({h.stride(0) for h in hs}) > 1:
             hs = [h.contiguous() for h in hs]
         table = address_table(hs)
-    width = width_class(hs[0].dtype, v.dtype)
+    _launch(table, hs[0], 0, v, out, None, 1)
+
+
+def project_stack(
+    hs: Float[Tensor, "layer t d_model"],
+    v: Float[Tensor, "layer k d_model"],
+    out: Float[Tensor, "*slot layer t k"],
+    step: Int64[Tensor, ""] | None = None,
+) -> None:
+    """The same for rows stacked in one tensor, whose strides may be any multiples of sixteen.
+
+    With a `step`, which is read on the device, `out` is a ring and its slot `step % n_slots` is
+    written: neither an address nor a number has to be known when a graph is captured.
+    """
+    if out.numel() == 0:
+        return
+    _launch(hs, hs[0], hs.stride(0), v, out, step, out.shape[0])
+
+
+def _launch(
+    source: Tensor,
+    h: Float[Tensor, "t d_model"],
+    h_layer_stride: int,
+    v: Float[Tensor, "layer k d_model"],
+    out: Float[Tensor, "*slot layer t k"],
+    step: Int64[Tensor, ""] | None,
+    n_slots: int,
+) -> None:
+    n_layers, n_rows, n_vec = out.shape[-3:]
+    width = width_class(h.dtype, v.dtype)
     tile = launch("project_layers", out.device, width=width, rows=n_rows, n_vec=n_vec)
     vectors = block_k(n_vec, tile.block_k)
-    grid = (triton.cdiv(n_vec, vectors), triton.cdiv(n_rows, tile.block_t), len(hs))
+    grid = (triton.cdiv(n_vec, vectors), triton.cdiv(n_rows, tile.block_t), n_layers)
     with on_device(out):
         project_layers_kernel[grid](
-            *(table, v, out, n_rows, n_vec),
-            *(hs[0].stride(0), v.stride(1), v.stride(0)),
+            *(source, v, out, step, n_slots, n_rows, n_vec),
+            *(h.stride(0), h_layer_stride, v.stride(1), v.stride(0)),
             D=v.shape[2],
-            TYPE=TYPES[hs[0].dtype],
+            TYPE=TYPES[h.dtype],
+            STACKED=source.ndim == 3,
+            RING=step is not None,
             WIDE=width == "wide",
             BLOCK_T=tile.block_t,
             BLOCK_K=vectors,

@@ -99,6 +99,29 @@ def test_layers_scored_in_one_launch_match_float64(shape, dtype):
     assert same_bits(again, out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SCORED[1::4], ids=str)
+def test_stacked_layers_match_float64_however_they_lie(shape, dtype):
+    n_rows, n_vec, width = shape
+    room = -(-width // 16) * 16
+    beside = torch.full((n_rows, 3, room), torch.nan, dtype=dtype)[..., :width]
+    v = torch.zeros(3, n_vec, room)[..., :width]
+    for layer in range(3):
+        beside[:, layer] = residual(n_rows, width, dtype, seed=layer)
+        v[layer] = unit_rows(n_vec, width, torch.float32, seed=layer)
+    hs, out = beside.transpose(0, 1), torch.full((3, n_rows, n_vec), torch.nan)
+    layers.project_stack(hs, v, out)
+    listed = torch.full_like(out, torch.nan)
+    layers.project_layers(list(hs), v, listed)
+    assert same_bits(out, listed)
+    for layer in range(3):
+        assert_scores(out[layer], hs[layer], v[layer])
+    ring = torch.full((4, 3, n_rows, n_vec), torch.nan)
+    layers.project_stack(hs, v, ring, torch.tensor(4 * 1000 + 2))
+    assert same_bits(ring[2], out)
+    assert ring[[0, 1, 3]].isnan().all()
+
+
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_vec", [0, 1, 7])
