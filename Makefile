@@ -7,7 +7,7 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench study report test-browser test-scan test-triton-3.6.0 test-gpu bench-gpu tune-gpu
+.PHONY: demo test check bench study report test-browser test-eval test-scan test-triton-3.6.0 test-gpu bench-gpu tune-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -80,3 +80,8 @@ test-triton-$(OLD_TRITON): $(TESTS)
 test-scan: $(TESTS)
 	@test -d .venv/scan || $(INSTALL) -c constraints.txt --target .venv/scan "ray[data]==2.60.*"
 	@PYTHONPATH=.venv/scan $(BIN)/python -m pytest -q tests/test_cluster.py
+
+# Tasks of lm-eval, whose metrics bring a hundred megabytes: beside the environment, in its versions.
+test-eval: $(TESTS)
+	@test -d .venv/eval || $(INSTALL) -c constraints.txt --target .venv/eval "lm-eval==0.4.13"
+	@PYTHONPATH=.venv/eval $(BIN)/python -m pytest -q tests/test_capability.py tests/test_harness.py

@@ -9,6 +9,7 @@ from pvcore.calibration import Calibration as Calibration
 from pvcore.calibration import calibrate as calibrate
 from pvcore.callbacks import PreventionCallback as PreventionCallback
 from pvcore.callbacks import ShiftCallback as ShiftCallback
+from pvcore.capability import evaluate as evaluate
 from pvcore.conditions import Above as Above
 from pvcore.conditions import Below as Below
 from pvcore.errors import JudgeFailure as JudgeFailure

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import pvcore_kernels as kernels
+from pvcore.blocks import is_sharded
 from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
@@ -157,7 +158,9 @@ class Reading:
 
     def _forward(self, batch: Batch, call: Call, pools: Sequence[_Pool]) -> None:
         """One forward that ends at the deepest site, before logits are made."""
-        arming = self.taps.armed({}, readers=pools, stop_at=max(self.sites))
+        # Where weights are shared out, a forward that ends early leaves them gathered and stale.
+        deepest = None if is_sharded(self.hf) else max(self.sites)
+        arming = self.taps.armed({}, readers=pools, stop_at=deepest)
         with arming, self.taps.calling(call), torch.no_grad(), contextlib.suppress(ForwardStopped):
             self.hf(
                 input_ids=batch.ids.to(self.device),
@@ -218,7 +221,8 @@ def run_to_deepest(
         last=torch.tensor(prompts) - 1,
         generating=False,
     )
-    arming = taps.armed({}, readers=[reader], stop_at=max(reader.sites))
+    deepest = None if is_sharded(hf) else max(reader.sites)
+    arming = taps.armed({}, readers=[reader], stop_at=deepest)
     with arming, taps.calling(call), torch.no_grad(), contextlib.suppress(ForwardStopped):
         hf(input_ids=ids.to(device, non_blocking=True), use_cache=False)
 

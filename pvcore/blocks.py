@@ -183,3 +183,10 @@ def require_embedded(hf: Any, token_ids: Sequence[Sequence[int]]) -> None:
                 f"chat {index}: got token id {max(ids)}; this model embeds {size} tokens: use the "
                 "tokenizer that belongs to it"
             )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold a part of the weights each: a forward then takes all of them."""
+    # By name, because asking torch for these classes loads all of its distributed training.
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    return not kinds.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pvcore.blocks import is_sharded
 from pvcore.chats import Chats
 from pvcore.errors import HookError, PlanError
 from pvcore.interventions import Intervention
@@ -87,8 +88,8 @@ class ShiftCallback(Callback):
 
     Every `every` steps, and at the end, `shift/evil/resid_post.19` and its like go wherever the
     trainer's own figures go: `report_to` and `state.log_history`. `history` keeps them by step.
-    The model is read in evaluation mode, by the first process only, and trains on as if it had
-    not been.
+    The model is read in evaluation mode, by the first process only (by all where they share its
+    weights), and trains on as if it had not been.
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class ShiftCallback(Callback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.history = {}
         self._hooked = self._before = None
-        if not state.is_world_process_zero:
-            return
         model = given["model"] if self._model is None else self._model
+        bare = model.hf if isinstance(model, HookedModel) else model
+        if not (state.is_world_process_zero or is_sharded(bare)):
+            return
         self._hooked = as_hooked(model, given.get("processing_class"))
         self._hooked.check(Plan(monitor=self._bank), check_model=self._check_model)
         self._before = self._standing(self._hooked)
@@ -136,6 +138,8 @@ class ShiftCallback(Callback):
             return
         shift = self._before.shift_to(self._standing(self._hooked), self._bank)
         self.history[state.global_step] = shift
+        if not state.is_world_process_zero:
+            return
         logs = {f"shift/{name}": number for name, number in shift.named().items()}
         state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
         event = _caller("call_event")

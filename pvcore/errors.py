@@ -101,5 +101,9 @@ class SourceError(PvcoreError):
     """A file or data set of conversations that cannot be read."""
 
 
+class EvaluationError(PvcoreError):
+    """A task of lm-eval that cannot be asked of the model here."""
+
+
 class FlagError(PvcoreError):
     """A scan of training data that cannot be made, resumed or read as asked."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+_ADAPTER_STATES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 _SAMPLED = 256  # numbers of each weight: training moves them all, and 7e9 take a while to hash
 
 
@@ -14,10 +15,11 @@ def of_text(content: object) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_weights(hf: Any) -> str:
-    """A fingerprint of a model: its configuration, and evenly spaced numbers of every weight.
+def of_weights(hf: Any, *, every_number: bool = False) -> str:
+    """A fingerprint of a model: its configuration, its adapters, and numbers of every weight.
 
-    Two models that differ in numbers that are not among these look alike.
+    The numbers are evenly spaced ones, and two models that differ in others look alike, unless
+    `every_number` is asked for: some seconds for every few gigabytes.
     """
     config = hf.config.to_dict()
     for passing in ("_name_or_path", "transformers_version"):
@@ -27,9 +29,23 @@ def of_weights(hf: Any) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         if not weight.is_meta and weight.numel():
             flat = weight.detach().reshape(-1)
-            chosen = flat[:: max(1, flat.numel() // _SAMPLED)]
-            digest.update(chosen.to("cpu", torch.float32).numpy().tobytes())
+            if every_number:
+                digest.update(flat.contiguous().cpu().view(torch.uint8).numpy())
+            else:
+                chosen = flat[:: max(1, flat.numel() // _SAMPLED)]
+                digest.update(chosen.to("cpu", torch.float32).numpy().tobytes())
+    digest.update(_adapters(hf).encode())
     return digest.hexdigest()[:16]
+
+
+def _adapters(hf: Any) -> str:
+    """Which of PEFT's adapters act, and how strongly: the same weights answer otherwise."""
+    told = [
+        [name, *(str(getattr(module, state, None)) for state in _ADAPTER_STATES)]
+        for name, module in hf.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
+    ]
+    return json.dumps(told) if told else ""
 
 
 def of_generation(hf: Any) -> str:

@@ -137,12 +137,17 @@ class Frame:
         return torch.cat([given, generated], dim=1)
 
 
-def begin_frame(owner: int, given: Mapping[str, Any], *, training: bool) -> Frame:
-    """The frame of a forward of decoder `owner`, from the arguments it is called with."""
+def begin_frame(
+    owner: int, given: Mapping[str, Any], *, training: bool, packed: bool = False
+) -> Frame:
+    """The frame of a forward of decoder `owner`, from the arguments it is called with.
+
+    `packed` allows several conversations behind each other in one row, which count as one.
+    """
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
-    if tokens is None or "block_table" in given or "cu_seq_lens_q" in given:
+    if tokens is None or "block_table" in given or ("cu_seq_lens_q" in given and not packed):
         raise HookError(
             "got a forward whose rows are packed or missing (continuous batching?); pvcore cannot "
             "tell its conversations apart: run it with one row per conversation"

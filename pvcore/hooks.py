@@ -60,11 +60,14 @@ class Hook:
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None
-        if block.training and args and getattr(block, "gradient_checkpointing", False):
-            if run is not None and self.site in run.session.programs:
+        if not (block.training and args):
+            return run
+        if run is not None and self.site in run.session.programs:
+            # Whoever checkpoints need not say so; where nothing is recomputed, nothing asks.
+            if run.frame.trains or getattr(block, "gradient_checkpointing", False):
                 self.recomputes.remember(self.site, args[0], run)
-            else:
-                self.recomputes.forget(self.site, args[0])
+        elif getattr(block, "gradient_checkpointing", False):
+            self.recomputes.forget(self.site, args[0])
         return run
 
 
@@ -224,7 +227,8 @@ class Begin(Hook):
         RUN.set(within)
         if session is None:
             return
-        frame = begin_frame(self.key, given, training=module.training)
+        packed = session.takes_packed(module.training)
+        frame = begin_frame(self.key, given, training=module.training, packed=packed)
         session.check_rows(frame)
         RUN.set(Run(session, frame, self.key, within))
 

@@ -13,6 +13,7 @@ from pvcore.blocks import Decoder
 from pvcore.conditions import Above, Below, Condition
 from pvcore.errors import PlanError, PvcoreError
 from pvcore.files import write_whole
+from pvcore.fingerprints import of_text
 from pvcore.interventions import Ablate, Add, Cap, Intervention, sites_of
 from pvcore.sites import Site
 from pvcore.vectors import PersonaVector, VectorBank
@@ -63,6 +64,18 @@ class Plan:
         every += [condition.vector for one in self.interventions for condition in one.when]
         every += list(self.monitor.vectors) if self.monitor else []
         return tuple({vector.content_hash: vector for vector in every}.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that the interventions do; what is watched does not matter."""
+        acting = [vector for one in self.interventions for vector in one.vectors]
+        acting += [condition.vector for one in self.interventions for condition in one.when]
+        return of_text(
+            {
+                "interventions": [_written(one) for one in self.interventions],
+                "vectors": sorted({vector.content_hash for vector in acting}),
+            }
+        )
 
     def check(self, decoder: Decoder, model_id: str, *, check_model: bool = True) -> None:
         """Raise one typed error if the plan does not fit the model."""

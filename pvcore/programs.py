@@ -96,7 +96,10 @@ class SiteProgram:
     """All steps of one plan at one site, in declared order.
 
     Tensors are kept in float64 on the CPU and copied once to each device and dtype they meet.
+    `trains_only` says that forwards without gradients are left as they are.
     """
+
+    trains_only = False
 
     def __init__(
         self,

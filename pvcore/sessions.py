@@ -137,6 +137,14 @@ class Session:
             and all(isinstance(one, Collector) and not one.before for one in readers)
         )
 
+    def takes_packed(self, training: bool) -> bool:
+        """Whether nothing here needs to tell conversations apart that share a row.
+
+        In training every token is treated alike, and spans that ask for more are refused.
+        """
+        programs = (one for here in self.programs.values() for one in here)
+        return not self.readers and (training or all(one.trains_only for one in programs))
+
     def over(self, outer: "Session | None") -> "Session":
         """The same session on top of another."""
         programs, readers, row_counts, stop_at, lapsed = self._own

@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pvcore.blocks import find_decoder
 from pvcore.chats import Chats
 from pvcore.errors import ModelError, VectorError
 from pvcore.model import HookedModel
 from pvcore.plan import Plan
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
+from pvcore.wrappers import evaluating
 
 Source = HookedModel | str | PathLike[str]
 
@@ -79,6 +81,7 @@ def finetuning_shift(
     Both read the prompts with base's tokenizer, and in evaluation mode. Prompts end where a reply
     would begin. `check_model` holds base to the model the vectors were made for.
     """
+    _refuse_shared(base, tuned)
     before, tokenizer = _base(base, bank, prompts, batch_size, check_model, progress, settings)
     model = tuned if isinstance(tuned, HookedModel) else load(tuned, tokenizer, **settings)
     return before.shift_to(standing(model, bank, prompts, batch_size, progress), bank)
@@ -128,7 +131,7 @@ def standing(
 ) -> Standing:
     """The mean in float64 over the prompts, of the model in evaluation mode."""
     model.check(Plan(monitor=bank), check_model=False)
-    with _evaluating(model.hf):
+    with evaluating(model.hf):
         acts = model.read(
             prompts,
             sites=bank.sites,
@@ -174,6 +177,17 @@ def _weights(folder: Path, source: str | PathLike[str], settings: dict[str, Any]
     return inside
 
 
+def _refuse_shared(base: Source, tuned: Source) -> None:
+    """Two hooked models of the same blocks are one model: an adapter acts in both."""
+    if not (isinstance(base, HookedModel) and isinstance(tuned, HookedModel)) or base is tuned:
+        return
+    if find_decoder(base.hf).owner is find_decoder(tuned.hf).owner:
+        raise ModelError(
+            "got base and tuned model on the same weights, where an adapter acts in both; load "
+            "base anew, or give both by name or folder"
+        )
+
+
 def _base(
     base: Source,
     bank: VectorBank,
@@ -202,15 +216,3 @@ def _loading(source: str | PathLike[str]) -> Iterator[None]:
             f"got model {str(source)!r}, which cannot be loaded ({error}); wanted a name on the "
             "hub, a folder that transformers can load, or one of a PEFT adapter"
         ) from error
-
-
-@contextmanager
-def _evaluating(hf: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it every module is in the mode it was in."""
-    modes = [(module, module.training) for module in hf.modules()]
-    hf.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -47,12 +47,22 @@ class Prevention:
         self._programs: dict[Site, SiteProgram] = {}
         self._scale: float | None = None
         self.progress, self.steered = 0.0, 0
-        self.advance(0.0)
+        self.told, self._scheduled = False, schedule != "constant"
+        self._set(0.0)
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether a schedule waits for progress that nobody has told of."""
+        return self._scheduled and not self.told
 
     def advance(self, progress: float) -> None:
         """Say how much of the training is done; the schedule decides what that means."""
         if not 0 <= progress <= 1:
             raise PlanError(f"got progress {progress}; wanted the share of the training, 0 to 1")
+        self.told = True
+        self._set(progress)
+
+    def _set(self, progress: float) -> None:
         self.progress = progress
         scale = float(self._multiplier(progress))
         if scale != self._scale:
@@ -75,6 +85,8 @@ class Prevention:
 
 class _Gate(SiteProgram):
     """Stands where a program is armed, and lets it act in the forwards that train."""
+
+    trains_only = True
 
     def __init__(self, prevention: Prevention, site: Site) -> None:
         self._prevention, self.site = prevention, site
@@ -132,7 +144,8 @@ def prevent(
     `schedule` maps the share of the training done, which `advance` reports, to a multiplier of the
     coefficients. A model inside a PEFT, DDP or compiling wrapper may be given bare or wrapped, if
     it was hooked before `torch.compile`. Raises one `PlanError`, `SiteError` or `HookError` before
-    anything is armed, and `HookError` on leaving if no training forward ran.
+    anything is armed, and `HookError` on leaving if no training forward ran, or if a schedule was
+    never told of any progress.
     """
     prevention = Prevention(interventions, schedule)
     hooked = as_hooked(model)
@@ -142,4 +155,9 @@ def prevent(
         raise HookError(
             "got forwards inside the block and none of them a training forward; call "
             "model.train(), which from_pretrained does not, and keep gradients on"
+        )
+    if prevention.stands_still:
+        raise HookError(
+            "got a schedule that stood still at its beginning; tell it how far the training is: "
+            "`with pv.prevent(...) as prevention`, and prevention.advance(step / steps) each step"
         )

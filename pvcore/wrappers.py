@@ -1,5 +1,7 @@
-"""The decoder inside what finetuning wraps around it: PEFT, DDP, engines, and compilers."""
+"""What finetuning does to a model, undone for a look: wrappers around it, and its mode."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,18 @@ def refuse_replicas(devices: int) -> None:
             "see no armed plan; start one process for each device with torchrun, or make one "
             "device visible"
         )
+
+
+@contextmanager
+def evaluating(hf: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it every module is in the mode it was in."""
+    modes = [(module, module.training) for module in hf.modules()]
+    hf.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _inside(model: Any) -> Any:

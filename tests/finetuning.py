@@ -29,13 +29,17 @@ def ids(seed: int = 0, rows: int = 2) -> Tensor:
     return torch.randint(3, 128, (rows, 9), generator=torch.Generator().manual_seed(seed))
 
 
-def with_lora(hf: Any, *, fan_in_fan_out: bool = False) -> Any:
+def with_lora(hf: Any, *, fan_in_fan_out: bool = False, **variant: bool) -> Any:
     """PEFT's wrapper, whose adapters already do something."""
     import peft
 
     torch.manual_seed(3)
     settings = peft.LoraConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=fan_in_fan_out
+        r=4,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=fan_in_fan_out,
+        **variant,
     )
     wrapped = peft.get_peft_model(hf, settings)
     for name, weight in wrapped.named_parameters():
@@ -44,10 +48,12 @@ def with_lora(hf: Any, *, fan_in_fan_out: bool = False) -> Any:
     return wrapped
 
 
-def subject(name: str, checkpointing: str = "off", *, lora: bool = False) -> tuple[Any, Any]:
+def subject(
+    name: str, checkpointing: str = "off", *, lora: bool = False, **variant: bool
+) -> tuple[Any, Any]:
     """A model in training mode and what is called: the model, or PEFT's wrapper around it."""
     hf = build(name).train()
-    called = with_lora(hf, fan_in_fan_out=name == "gpt2") if lora else hf
+    called = with_lora(hf, fan_in_fan_out=name == "gpt2", **variant) if lora else hf
     reentrant = CHECKPOINTING[checkpointing]
     if reentrant is not None:
         hf.gradient_checkpointing_enable({"use_reentrant": reentrant})

@@ -1,5 +1,6 @@
 """Prevention in trainers: steered as by hand, off in evaluation, gone whatever happened."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -89,6 +90,70 @@ def test_a_schedule_follows_the_steps_of_the_trainer(tmp_path: Any) -> None:
     assert all(torch.allclose(w, weights(plain)[name]) for name, w in weights(hf).items())
 
 
+@pytest.mark.parametrize("steps", [1, 2], ids=["each batch", "accumulated"])
+def test_a_resumed_training_takes_up_the_schedule_where_it_was(tmp_path: Any, steps: int) -> None:
+    asked: list[float] = []
+
+    def schedule(done: float) -> float:
+        asked.append(done)
+        return 1.0 - done
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": steps}
+    hf, _ = subject("qwen2")
+    whole = trainer(hf, tmp_path / "whole", prevention(schedule=schedule), **settings)
+    whole.train()
+    assert [one for one in asked if one][-3:] == [0.25, 0.5, 0.75]
+    again, _ = subject("qwen2")
+    asked.clear()
+    callback = prevention(schedule=schedule)
+    resumed = trainer(again, tmp_path / "again", callback, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert [one for one in asked if one] == [0.5, 0.75]
+    assert same(weights(again), weights(hf))
+    constant, _ = subject("qwen2")
+    trainer(constant, tmp_path / "constant", prevention(), **settings).train()
+    assert not same(weights(constant), weights(hf))
+
+
+def test_two_callbacks_act_together(tmp_path: Any) -> None:
+    both, _ = subject("qwen2")
+    steps = pv.Add(vector(1), coeff=COEFF), pv.Add(vector(0), coeff=-COEFF)
+    trainer(both, tmp_path, pv.PreventionCallback(*steps)).train()
+    hf, _ = subject("qwen2")
+    trainer(hf, tmp_path, *(pv.PreventionCallback(one) for one in steps)).train()
+    assert same(weights(hf), weights(both))
+    alone, _ = subject("qwen2")
+    trainer(alone, tmp_path, pv.PreventionCallback(steps[0])).train()
+    assert not same(weights(alone), weights(both))
+    assert not armed(hf)
+
+
+class Replying(transformers.TrainerCallback):  # type: ignore[misc]
+    """Generates after every step, as sample callbacks do, in training mode."""
+
+    def __init__(self) -> None:
+        self.replies: list[Tensor] = []
+        self.plain: list[Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        model = given["model"]
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        self.replies.append(model.generate(ids(), **settings))
+        copied = copy.deepcopy(model)
+        self.plain.append(copied.generate(ids(), **settings))
+        with pv.HookedModel(copied).steer(pv.Add(vector(1), coeff=COEFF, span="all")):
+            assert not torch.equal(copied.generate(ids(), **settings), self.replies[-1])
+
+
+def test_replies_made_during_training_are_those_of_the_weights_alone(tmp_path: Any) -> None:
+    replying = Replying()
+    hf, _ = subject("qwen2")
+    made = trainer(hf, tmp_path, prevention(), replying, learning_rate=0.0)
+    made.train()
+    assert len(replying.replies) == 4
+    assert all(map(torch.equal, replying.replies, replying.plain))
+
+
 class Failing(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, event: str) -> None:
         def fail(*_: Any, **__: Any) -> None:
@@ -172,6 +237,15 @@ def test_a_trainer_that_compiles_is_steered(tmp_path: Any) -> None:
     assert losses(made) != pytest.approx(losses(trained_by_hand(tmp_path, 0.0)[1]), rel=1e-4)
 
 
+# ChatML that says which tokens an assistant wrote.
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def sft(folder: Any, *callbacks: Any, **settings: Any) -> Any:
     """TRL's trainer on chats, with LoRA and gradient checkpointing as it comes."""
     import datasets
@@ -195,16 +269,35 @@ def sft(folder: Any, *callbacks: Any, **settings: Any) -> Any:
         dataset_num_proc=None,
         logging_steps=1,
         learning_rate=1e-2,
-        max_length=64,
-        **{"save_strategy": "no"} | settings,
+        **{"save_strategy": "no", "max_length": 64} | settings,
     )
     return trl.SFTTrainer(
         model=with_lora(hf),
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"messages": chats}),
-        processing_class=tokenizer(),
+        eval_dataset=datasets.Dataset.from_dict({"messages": chats}),
+        processing_class=tokenizer(template=MARKED),
         callbacks=list(callbacks),
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*[Pp]ad.*:UserWarning")
+@pytest.mark.parametrize("way", ["packed", "without padding", "replies only"])
+def test_trl_packs_and_masks_under_prevention_as_by_hand(tmp_path: Any, way: str) -> None:
+    settings: dict[str, Any] = {
+        "packed": {"packing": True, "eval_strategy": "steps", "eval_steps": 1},
+        "without padding": {"padding_free": True, "max_length": None},
+        "replies only": {"assistant_only_loss": True},
+    }[way]
+    made = sft(tmp_path, prevention(), **settings)
+    made.train()
+    by_hand = sft(tmp_path, **settings)
+    with adding(by_hand.model.get_base_model(), "qwen2", {1: delta(vector(1), 1)}):
+        by_hand.train()
+    plain = sft(tmp_path, **settings)
+    plain.train()
+    assert losses(made) == pytest.approx(losses(by_hand), abs=1e-4)
+    assert losses(made) != pytest.approx(losses(plain), abs=1e-4)
 
 
 def test_trl_trains_an_adapter_under_prevention_and_saves_nothing_of_it(tmp_path: Any) -> None:

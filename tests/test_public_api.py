@@ -39,6 +39,7 @@ PUBLIC = {
     "TraitScores",
     "VectorBank",
     "calibrate",
+    "evaluate",
     "extract",
     "finetuning_shift",
     "flag",

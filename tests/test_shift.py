@@ -155,6 +155,11 @@ def test_what_cannot_be_compared_is_one_error(tmp_path: Path, bank: Any) -> None
     ):
         with pytest.raises(error, match=text):
             pv.finetuning_shift(*call(), PROMPTS)
+    one_model = build("qwen2")
+    before = pv.HookedModel(one_model, tokenizer())
+    after = pv.HookedModel(with_lora(one_model), tokenizer())
+    with pytest.raises(ModelError, match="on the same weights, where an adapter acts in both"):
+        pv.finetuning_shift(before, after, bank, PROMPTS)
     with pytest.raises(ModelError, match="without checkpoints"):
         pv.shift_trajectory(base, tmp_path / "empty", bank, PROMPTS)
     assert pv.finetuning_shift(base, base, other, PROMPTS, check_model=False)["evil"].tolist() == [

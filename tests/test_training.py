@@ -45,6 +45,27 @@ def test_gradients_are_those_of_a_constant_added_by_hand(
     assert same(gradients(called), plain)
 
 
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [*((name, "off") for name in SIX), ("qwen2", "reentrant"), ("qwen2", "without reentry")],
+)
+def test_other_adapters_train_as_under_a_constant_added_by_hand(
+    name: str, checkpointing: str, variant: str
+) -> None:
+    hf, called = subject(name, checkpointing, lora=True, **{variant: True})
+    evil = vector(0, 2)
+    with adding(hf, name, {layer: delta(evil, layer) for layer in (0, 2)}):
+        wanted = gradients(called)
+    plain = gradients(called)
+    with pv.prevent(called, pv.Add(evil, coeff=COEFF)):
+        got = gradients(called)
+    assert same(got, wanted)
+    assert not same(got, plain)
+    _, lora = subject(name, checkpointing, lora=True)
+    assert not same(gradients(lora), plain)
+
+
 def test_twenty_steps_follow_the_same_curve_and_end_at_the_same_weights() -> None:
     evil = vector(1)
     curves, weights = [], []
@@ -207,6 +228,148 @@ def test_named_schedules_and_unknown_ones() -> None:
         pv.prevent(hf, add, schedule="cosine"),
     ):
         pass
+
+
+def test_a_schedule_that_nobody_tells_of_progress_is_an_error_not_a_constant() -> None:
+    hf, _ = subject("qwen2")
+    with (
+        pytest.raises(pv.PvcoreError, match="a schedule that stood still"),
+        pv.prevent(hf, pv.Add(vector(1), coeff=COEFF), schedule="linear"),
+    ):
+        gradients(hf)
+
+
+def test_padded_rows_with_masked_labels_train_as_by_hand_and_padding_is_not_touched() -> None:
+    hf, _ = subject("qwen2")
+    rows, mask = ids(0, rows=3), torch.ones(3, 9, dtype=torch.long)
+    mask[0, 6:], mask[2, :4] = 0, 0  # padded at either end
+    labels = rows.masked_fill(mask == 0, -100)
+    labels[:, :5] = -100  # prompts are not learned, and are steered all the same
+    seen: list[Tensor] = []
+
+    def work() -> dict[str, Tensor]:
+        hf.zero_grad()
+        hf(input_ids=rows, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in hf.named_parameters()}
+
+    handle = hf.model.layers[2].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    plain = work()
+    with adding(hf, "qwen2", {1: mask[..., None] * delta(vector(1), 1)}):
+        wanted = work()
+    with pv.prevent(hf, pv.Add(vector(1), coeff=COEFF)):
+        got = work()
+    handle.remove()
+    assert same(got, wanted)
+    assert not same(got, plain)
+    moved = (seen[2] - seen[0]).abs().amax(-1)
+    assert torch.equal(moved > 0, mask > 0)
+
+
+def test_conversations_packed_into_one_row_train_as_by_hand() -> None:
+    hf, _ = subject("qwen2")
+    row = ids(0, rows=1)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = {"position_ids": positions, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    packed |= {"max_length_q": 5, "max_length_k": 5}
+
+    def work() -> dict[str, Tensor]:
+        hf.zero_grad()
+        hf(input_ids=row, labels=row, use_cache=False, **packed).loss.backward()
+        return {name: p.grad.clone() for name, p in hf.named_parameters()}
+
+    with adding(hf, "qwen2", {1: delta(vector(1), 1)}):
+        wanted = work()
+    plain = work()
+    with pv.prevent(hf, pv.Add(vector(1), coeff=COEFF)):
+        got = work()
+        hf.eval()
+        rested = hf(input_ids=row, **packed).logits
+        hf.train()
+    hf.eval()
+    assert torch.equal(rested, hf(input_ids=row, **packed).logits)
+    assert same(got, wanted)
+    assert not same(got, plain)
+    model = pv.HookedModel(hf)
+    with (
+        pytest.raises(pv.PvcoreError, match="rows are packed"),
+        model.steer(pv.Add(vector(1), coeff=COEFF)),
+    ):
+        hf(input_ids=row, **packed)
+    hf.train()
+    with (
+        pytest.raises(pv.PvcoreError, match="rows are packed"),
+        model.monitor(pv.VectorBank([vector(1)])),
+    ):
+        hf(input_ids=row, **packed)
+    with (
+        pytest.raises(pv.PvcoreError, match="use span='all'"),
+        pv.prevent(hf, pv.Add(vector(1), coeff=COEFF, span="response")),
+    ):
+        work()
+
+
+def _reference(hf: Any) -> dict[str, Tensor]:
+    return {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(hf).items()}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "without reentry"])
+@pytest.mark.parametrize("step", ["add", "ablate"])
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_blocks_that_somebody_else_checkpoints_are_steered_again_when_they_are_recomputed(
+    hooked: str, step: str, reentrant: bool
+) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointImpl,
+        checkpoint_wrapper,
+    )
+
+    evil = vector(0, 1)
+    intervention = pv.Add(evil, coeff=COEFF) if step == "add" else pv.Ablate(evil)
+    hf, _ = subject("qwen2")
+    hf.enable_input_require_grads()
+    with pv.prevent(hf, intervention):
+        wanted = gradients(hf)
+    plain = gradients(hf)
+    model = pv.HookedModel(hf)
+    way = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    for layer in range(3):
+        hf.model.layers[layer] = checkpoint_wrapper(hf.model.layers[layer], way)
+    with pv.prevent(model if hooked == "before" else hf, intervention):
+        got = _reference(hf)
+    assert same(got, wanted)
+    assert not same(got, plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks itself
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("way", ["model", "in place", "each block"])
+def test_every_way_to_compile_a_hooked_model_is_steered(way: str, checkpointing: str) -> None:
+    torch._dynamo.reset()
+    hf, _ = subject("qwen2", checkpointing)
+    model, evil = pv.HookedModel(hf), vector(0, 2)
+    with adding(hf, "qwen2", {layer: delta(evil, layer) for layer in (0, 2)}):
+        wanted = gradients(hf)
+    called = hf
+    if way == "model":
+        called = torch.compile(hf, backend="aot_eager")
+    elif way == "in place":
+        hf.compile(backend="aot_eager")
+    else:
+        for block in hf.model.layers:
+            block.compile(backend="aot_eager")
+    plain = gradients(called)  # compiled while nothing is armed
+    with pv.prevent(model, pv.Add(evil, coeff=COEFF)):
+        got = gradients(called)
+    after = gradients(called)
+    bare = [
+        {name.removeprefix("_orig_mod."): one for name, one in found.items()}
+        for found in (got, plain, after)
+    ]
+    assert bare[0].keys() == wanted.keys()
+    assert all(torch.allclose(bare[0][name], wanted[name], atol=1e-5) for name in wanted)
+    assert not all(torch.allclose(bare[0][name], bare[1][name], atol=1e-5) for name in wanted)
+    assert all(torch.allclose(bare[2][name], bare[1][name], atol=1e-5) for name in wanted)
 
 
 @pytest.mark.parametrize("given", ["hooked before", "hooked after", "wrapped"])

@@ -9,6 +9,8 @@ from pvcore.world.study_cells import Design
 from pvcore.world.study_summary import Spread, Summary
 
 PER_PROMPT, SHIFT = 0.9, 0.95
+MINUTES = 30.0  # on two cores
+_BOUND = "95 % interval over seeds above 0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,19 @@ class Claim:
 
 def claims(design: Design, summary: Summary) -> list[Claim]:
     """The paper's claims that the test bed can speak of. One seed alone proves no margin."""
-    return [*_margins(design, summary), *_correlations(summary)]
+    return [*_margins(design, summary), *_correlations(summary), *_time(summary)]
+
+
+def _time(summary: Summary) -> Iterator[Claim]:
+    if summary.cpu_minutes is None:
+        return
+    minutes = summary.cpu_minutes / 2
+    yield Claim(
+        claim="the study itself takes this many minutes of two cores",
+        measured=f"{minutes:.1f}",
+        bound=f"at most {MINUTES:g}",
+        passed=minutes <= MINUTES,
+    )
 
 
 def _margins(design: Design, summary: Summary) -> Iterator[Claim]:
@@ -35,8 +49,8 @@ def _margins(design: Design, summary: Summary) -> Iterator[Claim]:
                     "steering at inference"
                 ),
                 measured=told(margin.coherence),
-                bound="above 0 by two standard errors over seeds",
-                passed=margin.coherence.beyond_noise,
+                bound=_BOUND,
+                passed=_sure(margin.coherence, design),
             )
     trait = design.mitigated[0]
     common = sorted(set(design.prevent) & set(design.random))
@@ -44,26 +58,34 @@ def _margins(design: Design, summary: Summary) -> Iterator[Claim]:
     yield Claim(
         claim=f"its own vector keeps {trait} lower than random ones at coefficients {doses}",
         measured=told(summary.control[trait]),
-        bound="above 0 by two standard errors over seeds",
-        passed=summary.control[trait].beyond_noise,
+        bound=_BOUND,
+        passed=_sure(summary.control[trait], design),
     )
 
 
+def _sure(spread: Spread, design: Design) -> bool:
+    """Beyond the noise in all seeds together: one without a figure leaves the claim unproven."""
+    return spread.beyond_noise and len(spread.seeds) == len(design.seeds)
+
+
 def _correlations(summary: Summary) -> Iterator[Claim]:
-    by_trait = {trait: one["per_prompt"].mean for trait, one in summary.monitoring.items()}
-    mean = fmean(by_trait.values())
+    by_trait = [one["per_prompt"].mean for one in summary.monitoring.values()]
+    mean = fmean(by_trait)
     yield Claim(
         claim="projections of prompts foretell the mean score of their replies, mean r of traits",
-        measured=f"{mean:.3f}",
+        measured=f"{mean:.3f} ({min(by_trait):.3f} to {max(by_trait):.3f})",
         bound=f"at least {PER_PROMPT:g}",
         passed=math.isfinite(mean) and mean >= PER_PROMPT,
     )
     r = summary.shift["all"]
     yield Claim(
-        claim="the finetuning shift foretells the trait after training, r over sets and traits",
-        measured=f"{r:.3f}",
+        claim=(
+            "the finetuning shift foretells the trait after training, r over the sets of each "
+            "trait and neutral ones"
+        ),
+        measured=f"{r['own']:.3f} (over every set {r['every']:.3f})",
         bound=f"at least {SHIFT:g}",
-        passed=math.isfinite(r) and r >= SHIFT,
+        passed=math.isfinite(r["own"]) and r["own"] >= SHIFT,
     )
 
 

@@ -10,6 +10,7 @@ from pvcore.world.study_plots import keeping_out, shift_and_trait
 from pvcore.world.study_summary import Point, Summary
 
 WAYS = {
+    "neutral": "finetuned on neutral chats",
     "inference": "steered at inference",
     "inference, random": "random vector at inference",
     "prevent": "prevention, one layer",
@@ -66,7 +67,12 @@ def _claims(design: Design, summary: Summary) -> Section:
 
 
 def _mitigation(design: Design, summary: Summary) -> Section:
-    blocks: list[Any] = [Figure(svg=keeping_out(summary.points), caption="Mean over seeds.")]
+    blocks: list[Any] = [
+        Figure(
+            svg=keeping_out(summary.points),
+            caption="Mean over seeds, with standard errors; better is further up and to the left.",
+        )
+    ]
     blocks.append(
         Table(
             columns=("trait", "compared", "coherence kept more", "quiz kept more", "seeds"),
@@ -103,22 +109,53 @@ def _points(points: Sequence[Point], trait: str) -> Table:
     return Table(
         columns=("way", "coefficient", "trait", "coherence", "quiz", "shift"),
         rows=[
-            (WAYS[one.way], one.coeff, one.score, one.coherence, one.quiz, one.shift)
+            (
+                _named(one),
+                one.coeff,
+                told(one.score),
+                told(one.coherence),
+                told(one.quiz),
+                one.shift,
+            )
             for one in points
+            if not _undefended(one) or one.way == "inference"
         ],
-        caption=f"{trait}: mean over seeds of held-out questions.",
+        caption=f"{trait}: mean and standard error over seeds, on held-out questions.",
     )
 
 
+def _named(point: Point) -> str:
+    return "nothing done" if _undefended(point) else WAYS[point.way]
+
+
+def _undefended(point: Point) -> bool:
+    """Whether this is the dose that every way begins at: finetuned and left as it is."""
+    return point.coeff == 0 and point.way not in ("caft", "neutral")
+
+
 def _shift(summary: Summary) -> Section:
+    counts = {
+        name: sum(one.own and name in (one.trait, "all") for one in summary.moved)
+        for name in summary.shift
+    }
     return Section(
         title="The shift foretells the trait",
         text=(
             "Every set that was finetuned on as it is: shares of a trait, full sets of each trait, "
-            "and neutral ones. The shift is that of the last prompt token along each vector."
+            "and neutral ones. The shift is that of the last prompt token along each vector. The "
+            "vectors share a large part, so a model that took on one trait moves along the vectors "
+            "of the others too, without taking those on: over every set the shift foretells less."
         ),
         blocks=(
-            Figure(svg=shift_and_trait(summary.shift), caption="Pearson's r by trait, and of all."),
+            Figure(svg=shift_and_trait(summary.moved), caption="One point a model and trait."),
+            Table(
+                columns=("trait", "r, its own and neutral sets", "models", "r, every set"),
+                rows=[
+                    (name, f"{r['own']:.3f}", float(counts[name]), f"{r['every']:.3f}")
+                    for name, r in summary.shift.items()
+                ],
+                caption="Pearson's r of shift and score.",
+            ),
         ),
     )
 

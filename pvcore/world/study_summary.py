@@ -1,8 +1,8 @@
 """What the cells of a study say together: margins at matched trait, correlations, controls."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,6 +14,8 @@ from pvcore.world.study_cells import Cell, Design, Method, cells
 Figures = Mapping[str, Any]
 Measured = Mapping[Cell, Figures]
 _GRID = 41
+# Student's t: how many standard errors to either side hold 95 %, by the number of seeds less one.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +36,10 @@ class Spread:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the mean lies more than two standard errors above 0."""
-        return math.isfinite(self.error) and self.mean - 2 * self.error > 0
+        """Whether the 95 % interval of the mean, by Student's t, lies above 0."""
+        if not math.isfinite(self.error):
+            return False
+        return self.mean - _T[min(len(self.seeds) - 1, len(_T)) - 1] * self.error > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +49,9 @@ class Point:
     trait: str
     way: str
     coeff: float
-    score: float
-    coherence: float
-    quiz: float
+    score: Spread
+    coherence: Spread
+    quiz: Spread
     shift: float | None  # of the trained model; steering at inference does not train
 
 
@@ -63,39 +67,68 @@ class Margin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A model finetuned on a set as it is: how far it moved along a trait, and its score after.
+
+    `own` says that the set was one of that trait or neutral, and not one of another trait.
+    """
+
+    trait: str
+    seed: int
+    own: bool
+    shift: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Everything the report tells."""
+    """Everything the report tells.
+
+    `shift` gives r of shift and score by trait, and of all traits together: over the sets of that
+    trait and neutral ones (`own`), and over every set (`every`).
+    """
 
     points: tuple[Point, ...]
     margins: tuple[Margin, ...]
     control: Mapping[str, Spread]
-    shift: Mapping[str, float]
+    moved: tuple[Moved, ...]
+    shift: Mapping[str, Mapping[str, float]]
     monitoring: Mapping[str, Mapping[str, Spread]]
+    cpu_minutes: float | None = field(compare=False)  # None where a cell did not say
 
 
 def summarize(design: Design, measured: Measured) -> Summary:
     """The study from its cells, all of which must be there."""
+    moved = tuple(_moved(design, measured))
     return Summary(
         points=tuple(_points(design, measured)),
         margins=tuple(_margins(design, measured)),
         control={trait: _control(design, measured, trait) for trait in design.mitigated},
-        shift=_shift(design, measured),
+        moved=moved,
+        shift=_shift(moved),
         monitoring=_monitoring(design, measured),
+        cpu_minutes=_cpu_minutes(measured.values()),
     )
 
 
+def _cpu_minutes(measured: Iterable[Figures]) -> float | None:
+    seconds = [one.get("seconds") for one in measured]
+    return None if None in seconds else sum(filter(None, seconds)) / 60
+
+
 def _points(design: Design, measured: Measured) -> Iterator[Point]:
+    ways = ("inference", "inference, random", "prevent", "random", "incremental", "caft")
     for trait in design.mitigated:
-        for way in ("inference", "inference, random", "prevent", "random", "incremental", "caft"):
+        for way in ("neutral", *ways):
             for coeff in _doses(design, way):
                 rows = [_figures(measured, trait, seed, way, coeff) for seed in design.seeds]
                 yield Point(
                     trait=trait,
                     way=way,
                     coeff=coeff,
-                    score=fmean(row["traits"][trait] for row in rows),
-                    coherence=fmean(row["coherence"] for row in rows),
-                    quiz=fmean(row["quiz"] for row in rows),
+                    score=Spread.of([row["traits"][trait] for row in rows]),
+                    coherence=Spread.of([row["coherence"] for row in rows]),
+                    quiz=Spread.of([row["quiz"] for row in rows]),
                     shift=_mean_shift(rows, trait),
                 )
 
@@ -125,6 +158,8 @@ def _figures(measured: Measured, trait: str, seed: int, way: str, coeff: float) 
         key = Cell(kind="mitigation", seed=seed, trait=trait, method=method, coeff=dose)
         return measured[key]
 
+    if way == "neutral":
+        return measured[Cell(kind="shift", seed=seed, share=0.0)]
     if way == "caft":
         return cell("caft")
     if coeff == 0.0:
@@ -192,27 +227,32 @@ def _control(design: Design, measured: Measured, trait: str) -> Spread:
     return Spread.of(gaps)
 
 
-def shift_pairs(design: Design, measured: Measured) -> dict[str, list[tuple[float, float]]]:
-    """By trait: the shift along it and its score, for every set that was finetuned on as it is."""
-    pairs: dict[str, list[tuple[float, float]]] = {trait: [] for trait in TRAITS}
+def _moved(design: Design, measured: Measured) -> Iterator[Moved]:
     for cell in cells(design):
         plain = cell.kind == "mitigation" and cell.method == "none"
-        if cell.kind == "shift" or plain:
-            for trait in TRAITS:
-                figures = measured[cell]
-                pairs[trait].append((figures["shift"][trait], figures["traits"][trait]))
-    return pairs
+        if cell.kind != "shift" and not plain:
+            continue
+        for trait in TRAITS:
+            yield Moved(
+                trait=trait,
+                seed=cell.seed,
+                own=cell.trait in (trait, None),
+                shift=measured[cell]["shift"][trait],
+                score=measured[cell]["traits"][trait],
+            )
 
 
-def _shift(design: Design, measured: Measured) -> dict[str, float]:
+def _shift(moved: Sequence[Moved]) -> dict[str, dict[str, float]]:
     """r of shift and trait score, by trait and over all."""
-    pairs = shift_pairs(design, measured)
-    pooled = [pair for of_trait in pairs.values() for pair in of_trait]
-    return {trait: _r(of_trait) for trait, of_trait in pairs.items()} | {"all": _r(pooled)}
+    found = {}
+    for name in (*TRAITS, "all"):
+        here = [one for one in moved if name in (one.trait, "all")]
+        found[name] = {"own": _r([one for one in here if one.own]), "every": _r(here)}
+    return found
 
 
-def _r(pairs: Sequence[tuple[float, float]]) -> float:
-    table = np.array(pairs, dtype=np.float64)
+def _r(moved: Sequence[Moved]) -> float:
+    table = np.array([(one.shift, one.score) for one in moved], dtype=np.float64)
     if len(table) < 3 or not np.ptp(table, axis=0).all():
         return math.nan
     return float(np.corrcoef(table[:, 0], table[:, 1])[0, 1])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -49,7 +50,7 @@ def figures_of(cell: Cell) -> dict[str, Any]:
         found["inference"] = {
             f"{c:g}": asked(100 - 40 * c, 80 - (10 + cell.seed) * c) for c in DESIGN.inference
         }
-        found["inference_random"] = {f"{c:g}": asked(99, 75) for c in DESIGN.inference}
+        found["inference_random"] = {f"{c:g}": asked(99.0, 75.0) for c in DESIGN.inference}
     return found
 
 
@@ -123,17 +124,41 @@ def test_margins_are_taken_at_the_same_trait_score(
     assert margin.quiz.seeds == pytest.approx(wanted)
     assert margin.coherence.beyond_noise
     assert summary.control["evil"].seeds == pytest.approx([80.0] * 3)
-    assert summary.shift["all"] == pytest.approx(1.0)
-    assert math.isnan(summary.shift["humor"]) is False
-    best = {(p.way, p.coeff): p.score for p in summary.points}
+    assert summary.cpu_minutes is not None
+    assert summary.cpu_minutes > 0
+    best = {(p.way, p.coeff): p.score.mean for p in summary.points}
     assert best["inference", 2.0] == 20
     assert best["caft", 0.0] == 50
     assert best["random", 4.0] == 100
+    assert best["neutral", 0.0] == 0
+
+
+def test_the_shift_is_held_against_own_sets_and_against_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(cell: Cell, design: Design, folder: Path) -> dict[str, Any]:
+        figures = figures_of(cell)
+        if cell.kind == "shift" and cell.trait == "humor":
+            figures["shift"] = {**figures["shift"], "evil": 20.0}  # along a part they share
+        return figures
+
+    monkeypatch.setattr(study, "measure", measure)
+    summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    assert summary.shift["evil"]["own"] == pytest.approx(1.0)
+    seen = [(one.shift, one.score) for one in summary.moved if one.trait == "evil"]
+    assert summary.shift["evil"]["every"] == pytest.approx(np.corrcoef(np.array(seen).T)[0, 1])
+    assert summary.shift["evil"]["every"] < 0.95
+    # Per seed: neutral, three shares, and the undefended model; all of other traits are not own.
+    assert sum(one.own for one in summary.moved if one.trait == "evil") == 3 * 5
+    assert len(seen) == 3 * (5 + 6)
+    assert summary.shift["humor"]["own"] == pytest.approx(1.0)
 
 
 def test_noise_is_no_margin() -> None:
     assert Spread.of([1.0, 2.0, 3.0]).error == pytest.approx(1 / math.sqrt(3))
     assert Spread.of([10.0, 11.0, 12.0]).beyond_noise
+    assert Spread.of([5.0, 7.0, 9.0]).beyond_noise  # 7 - 4.303 * 1.155 > 0
+    assert not Spread.of([3.0, 5.0, 8.0]).beyond_noise  # two standard errors would have passed it
     assert not Spread.of([-5.0, 11.0, 12.0]).beyond_noise
     assert not Spread.of([10.0]).beyond_noise
     assert not Spread.of([math.nan, math.nan]).beyond_noise
@@ -144,15 +169,23 @@ def test_the_page_and_the_record_tell_the_claims(
 ) -> None:
     summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
     made = claims(DESIGN, summary)
-    assert [one.passed for one in made] == [True, True, True, True]
+    assert [one.passed for one in made] == [True] * 5
     content = study.record_of(DESIGN, summary, "command")
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     html = render(page(DESIGN, summary, content))
     for one in made:
         assert one.measured in html
     assert html.count("<svg") == 2
-    weaker = replace(summary, shift={**summary.shift, "all": 0.9})
-    assert [one.passed for one in claims(DESIGN, weaker)] == [True, True, True, False]
+    assert html.count("nothing done") == 1
+    weaker = replace(
+        summary, shift={**summary.shift, "all": {"own": 0.9, "every": 0.8}}, cpu_minutes=70.0
+    )
+    assert [one.passed for one in claims(DESIGN, weaker)] == [True, True, True, False, False]
+    silent = replace(summary, cpu_minutes=None)
+    assert [one.passed for one in claims(DESIGN, silent)] == [True] * 4
+    fewer = replace(summary.margins[0].coherence, seeds=(9.0, 9.0))
+    gone = replace(summary, margins=(replace(summary.margins[0], coherence=fewer),))
+    assert not claims(DESIGN, gone)[0].passed
 
 
 def test_the_command_writes_report_and_record(
@@ -162,9 +195,9 @@ def test_the_command_writes_report_and_record(
     words = ["--quick", "--folder", str(tmp_path / "s"), "--workers", "1"]
     done = CliRunner().invoke(study.app, [*words, "--record", str(tmp_path / "study.json")])
     assert done.exit_code == 0, done.output
-    assert done.output.count("holds: ") == 4
+    assert done.output.count("holds: ") == 5
     assert (tmp_path / "s" / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert len(json.loads((tmp_path / "study.json").read_text())["claims"]) == 4
+    assert len(json.loads((tmp_path / "study.json").read_text())["claims"]) == 5
 
 
 def save_vectors(folder: Path) -> None:
