@@ -20,6 +20,7 @@ from pvcore.cli_extract import extract, steer
 from pvcore.cli_flag import flag
 from pvcore.cli_models import WORLD, subject_of
 from pvcore.cli_monitor import monitor
+from pvcore.cli_options import AsJson, Device, Dtype, Seed
 from pvcore.cli_output import require_places, split_list
 from pvcore.cli_shift import shift
 
@@ -43,14 +44,10 @@ JudgeSpec = Annotated[
 ]
 DemoLayers = Annotated[str | None, Option(help="Layers to steer at; claims are on the last.")]
 Doses = Annotated[str | None, Option(help="Coefficients, 0 first, as in 0,1,2.")]
-Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
 Count = Annotated[int | None, Option(help="Default: a size that suits the model.")]
-Dtype = Annotated[str, Option(help="Number format to load the model in.")]
-Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
 Report = Annotated[Path, Option(help="The report to write.")]
 Record = Annotated[Path | None, Option(help="Write the figures there too, as JSON.")]
 Strict = Annotated[bool, Option("--strict", help="Enforce the world's claims on any model.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 @app.command()

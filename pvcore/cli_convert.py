@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from pvcore.cli_options import AsJson
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import FormatError
 
@@ -23,7 +24,6 @@ Variant = Annotated[str | None, Option(help="response_mean, prompt_mean or promp
 Layers = Annotated[str | None, Option(help="Keep these layers, from 0, as in 15,19.")]
 Blocks = Annotated[int | None, Option(help="Blocks of the model, for --to paper.")]
 Experiment = Annotated[str | None, Option(help="Which one of a capping configuration.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def convert(

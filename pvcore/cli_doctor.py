@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
+from pvcore.cli_options import AsJson
 from pvcore.cli_output import print_document
 
 Model = Annotated[
     str | None, Argument(help="Name or folder of a model to look at; 'world' is the shipped one.")
 ]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def doctor(model: Model = None, as_json: AsJson = False) -> None:

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from pvcore.cli_models import model_of, replies_to, subject_of, vectors_at
+from pvcore.cli_options import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    Layers,
+    Length,
+    Model,
+    Seed,
+    System,
+    Temperature,
+    VectorFiles,
+)
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import FormatError, PvcoreError, SelectionError
 
@@ -23,9 +36,6 @@ if TYPE_CHECKING:
     from pvcore.vectors import PersonaVector
     from pvcore.world.demo_subject import Subject
 
-Model = Annotated[
-    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
-]
 TraitName = Annotated[str, Argument(help="A trait shipped with pvcore, or a .json file.")]
 VectorOut = Annotated[Path, Option(help="The vector file to write, .safetensors.")]
 JudgeSpec = Annotated[
@@ -43,15 +53,10 @@ WriterUrl = Annotated[str | None, Option(help="Address of the server that writes
 Work = Annotated[
     Path | None, Option(help="Folder that keeps the work, for a run that is killed to go on.")
 ]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
 Questions = Annotated[int | None, Option(help="Use only the first so many questions.")]
 Rollouts = Annotated[int, Option(help="Replies to each question under each prompt.")]
 Threshold = Annotated[float, Option(help="Score that parts kept from dropped.")]
-Length = Annotated[int, Option(help="Longest reply, in tokens.")]
-Batch = Annotated[int, Option(help="Chats that run together.")]
 Resamples = Annotated[int, Option(help="Resamples of the pairs that intervals are made of.")]
-Temperature = Annotated[float, Option(help="Of sampling; 0 is greedy.")]
-Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
 Variants = Annotated[
     bool, Option("--variants", help="Write the vectors over the prompt too, beside the file.")
 ]
@@ -68,17 +73,12 @@ Others = Annotated[
 ]
 Report = Annotated[Path | None, Option(help="Write a page about the vector there, as HTML.")]
 Prompts = Annotated[list[str], Argument(help="User messages, each a chat of its own.")]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
 Coeff = Annotated[
     float | None, Option(help="Multiplier of the raw vectors; default: what the file recorded.")
 ]
 Incremental = Annotated[
     bool, Option("--incremental", help="At every layer add what the layer below did not.")
 ]
-System = Annotated[str | None, Option(help="System prompt.")]
-Dtype = Annotated[str, Option(help="Number format to load the model in.")]
-Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def extract(

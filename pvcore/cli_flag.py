@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from pvcore.cli_models import model_of, vectors_at
+from pvcore.cli_options import AsJson, Device, Dtype, Layers, Model, VectorFiles
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import PvcoreError
 
@@ -15,15 +16,10 @@ if TYPE_CHECKING:
     from pvcore.flags import Flags
 
 
-Model = Annotated[
-    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
-]
 Sources = Annotated[
     list[str], Argument(help="Files or globs: .jsonl, .csv, .parquet, the first two also with .gz.")
 ]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
 Folder = Annotated[Path, Option(help="Folder for the scores; a scan that stopped goes on there.")]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
 Difference = Annotated[
     str, Option(help="approximate (one pass), exact (own replies) or subset (own, for a share).")
 ]
@@ -42,9 +38,6 @@ Clean = Annotated[Path | None, Option(help="Folder for copies without the flagge
 Threshold = Annotated[
     list[str] | None, Option("--threshold", help="For --clean: TRAIT=NUMBER; may be repeated.")
 ]
-Dtype = Annotated[str, Option(help="Number format to load the model in.")]
-Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def flag(

@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from pvcore.cli_models import model_of, vectors_at
+from pvcore.cli_options import (
+    AsJson,
+    Batch,
+    Device,
+    Dtype,
+    Layers,
+    Length,
+    Model,
+    Seed,
+    Temperature,
+    VectorFiles,
+)
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError, ExportError, PlanError
 
@@ -19,9 +31,6 @@ if TYPE_CHECKING:
 Chat = list[dict[str, str]]
 ENDINGS = (".jsonl", ".parquet", ".html")
 
-Model = Annotated[
-    str, Argument(help="Name or folder of a chat model; 'world' is the one shipped with pvcore.")
-]
 Prompts = Annotated[
     list[str] | None, Argument(help="User messages, each a chat of its own; or give --chats.")
 ]
@@ -32,8 +41,6 @@ Chats = Annotated[
         "assistant turn are read, the others answered."
     ),
 ]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
 System = Annotated[str | None, Option(help="System prompt, for the prompts given as arguments.")]
 AlarmLevels = Annotated[
     list[str] | None,
@@ -44,13 +51,6 @@ Out = Annotated[
     list[Path] | None, Option(help="File to write, .jsonl, .parquet or .html; may be repeated.")
 ]
 EngineName = Annotated[str, Option(help="eager or graph.")]
-Length = Annotated[int, Option(help="Longest reply, in tokens.")]
-Batch = Annotated[int, Option(help="Chats that run together.")]
-Temperature = Annotated[float, Option(help="Of sampling; 0 is greedy.")]
-Seed = Annotated[int, Option(help="Seed of everything that is sampled.")]
-Dtype = Annotated[str, Option(help="Number format to load the model in.")]
-Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def monitor(

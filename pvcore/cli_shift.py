@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from pvcore.cli_options import AsJson, Batch, Device, Dtype, Layers, System, VectorFiles
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError
 
@@ -22,14 +23,7 @@ Tuned = Annotated[
     str, Argument(help="The model after: a name, a folder, an adapter, a folder of checkpoints.")
 ]
 Prompts = Annotated[Path, Option(help="Text file, one user message a line.")]
-VectorFiles = Annotated[list[Path], Option("--vector", help="Vector file; may be repeated.")]
-Layers = Annotated[str | None, Option(help="Layers from 0, as in 15,19; default: all.")]
-System = Annotated[str | None, Option(help="System prompt.")]
-Batch = Annotated[int, Option(help="Chats that run together.")]
-Dtype = Annotated[str, Option(help="Number format to load the models in.")]
-Device = Annotated[str | None, Option(help="Where to run; default: a GPU if there is one.")]
 Out = Annotated[Path | None, Option(help="Write a page with the course over checkpoints there.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def shift(

@@ -57,18 +57,18 @@ class Outcome:
 # Under which a call keeps the columns its recurrent state has seen, and its newest frame.
 _COUNTED, _NEWEST = object(), object()
 _NO_CALLS: Mapping[int, Call] = MappingProxyType({})
-_DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
+DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
 _FOREIGN: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_foreign", default=_NO_CALLS)
 
 
 @contextmanager
 def running(owner: int, call: Call) -> Iterator[None]:
     """Declare the call that the forwards of decoder `owner` inside this block belong to."""
-    token = _DECLARED.set({**_DECLARED.get(), owner: call})
+    token = DECLARED.set({**DECLARED.get(), owner: call})
     try:
         yield
     finally:
-        _DECLARED.reset(token)
+        DECLARED.reset(token)
 
 
 class Frame:
@@ -153,7 +153,7 @@ def begin_frame(
             "tell its conversations apart: run it with one row per conversation"
         )
     batch, width = int(tokens.shape[0]), int(tokens.shape[1])
-    call = _DECLARED.get().get(owner)
+    call = DECLARED.get().get(owner)
     declared = call is not None
     cache = given.get("past_key_values", given.get("cache_params"))
     start = 0 if cache is None else _columns_in(cache, owner, call, width)
@@ -207,7 +207,7 @@ def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
         and tokens is not None
         and tokens.shape == (frame.batch, 1)
         and given.get("past_key_values", given.get("cache_params")) is frame.cache
-        and _DECLARED.get().get(owner) is frame.call
+        and DECLARED.get().get(owner) is frame.call
     )
 
 

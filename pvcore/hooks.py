@@ -14,8 +14,10 @@ from torch.compiler import is_dynamo_compiling
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import begin_frame, goes_on
+from pvcore.recomputes import Recomputes
 from pvcore.resident import Resident, traces
-from pvcore.sessions import ARMED, ARMINGS, RUN, Recomputes, Run, session_on
+from pvcore.runs import RUN, Run
+from pvcore.sessions import ARMED, ARMINGS, session_on
 from pvcore.sites import Site, resid_post, resid_pre
 
 _KEYS = count()
@@ -200,7 +202,11 @@ class Begin(Hook):
         if is_dynamo_compiling():
             if not traces(self.key, "begin") and not _asleep():
                 _outside_graph(self._act, module, args, kwargs)
-        elif ARMED.get() is not None or RUN.get() is not None or self.recomputes.runs:
+            return
+        run = RUN.get()
+        if run is not None and run.owner == self.key and not args and run.goes_on(kwargs):
+            return
+        if run is not None or ARMED.get() is not None or self.recomputes.runs:
             self._act(module, args, kwargs)
 
     def _act(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -237,7 +243,13 @@ class End(Hook):
                 self.taps.resident.finish()
             elif not _asleep():
                 _outside_graph(self._act)
-        elif RUN.get() is not None:
+            return
+        run = RUN.get()
+        if run is None:
+            return
+        if run.straight is not None and run.owner == self.key:
+            run.end_step()
+        else:
             self._act()
 
     def _act(self) -> None:

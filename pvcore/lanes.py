@@ -8,11 +8,11 @@ else's hooks, after the slot was given to another. torch drops the slot when it 
 module, as a copy is untapped.
 """
 
-from collections.abc import Callable
-from typing import Any, no_type_check
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, no_type_check
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -85,3 +85,64 @@ def give_lane(
 
     setattr(lane, _LANE, True)
     module._compiled_call_impl = lane
+
+
+class Straight(Protocol):
+    """A run of a plan, and where in it something can be done straight away."""
+
+    owner: int
+    straight: Mapping[int, Callable[[Tensor], Tensor | None]] | None
+
+
+def give_block_lane(
+    block: nn.Module,
+    *,
+    after: tuple[RemovableHandle, Callable[..., Any]],
+    place: tuple[int, int],
+    running: Callable[[], Straight | None],
+    recomputes: Mapping[Any, Any],
+) -> None:
+    """Lead calls of a block past torch's hooks where `after` is its only one.
+
+    `place` is the decoder's key and the depth of the block's output. What a run does there straight
+    away is done here: between two blocks a model's weights drive all else out of the processor's
+    caches, so that each object looked at costs more than what is done with it. The hook itself is
+    called where there is more to see to.
+    """
+    lane = _block_lane(block, after[0].id, after[1], *place, running, recomputes)
+    setattr(lane, _LANE, True)
+    block._compiled_call_impl = lane
+
+
+@no_type_check
+def _block_lane(block, last, end, key, depth, running, recomputes):
+    def lane(*args, **kwargs):
+        post = block._forward_hooks
+        if (
+            is_dynamo_compiling()
+            or len(post) != 1
+            or last not in post
+            or block._forward_pre_hooks
+            or block._backward_hooks
+            or block._backward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
+            or _tracing()
+        ):
+            return block._call_impl(*args, **kwargs)
+        output = block.forward(*args, **kwargs)
+        run = running()
+        if not block.training:
+            if run is None:
+                if not recomputes:
+                    return output
+            elif run.straight is not None and run.owner == key and type(output) is Tensor:
+                way = run.straight.get(depth)
+                moved = None if way is None else way(output)
+                return output if moved is None else moved
+        moved = end(block, args, output)
+        return output if moved is None else moved
+
+    return lane

@@ -45,9 +45,8 @@ class _Record:
 
     call: Call
     given: dict[Site, list[Tensor]] = field(default_factory=dict)
-    rows: list[Tensor] = field(default_factory=list)
-    # Steps whose rows are not scored yet, and how many of them may be kept.
-    waiting: list[list[Tensor]] = field(default_factory=list)
+    # For each site the rows of steps that are not scored yet, and how many of them may be kept.
+    columns: list[list[Tensor]]
     patience: int = 0
     steps: list[Float[Tensor, "site batch n_vec"]] = field(default_factory=list)
     outcome: Outcome | None = None
@@ -118,24 +117,27 @@ class Seen:
                 "got a generation that pvcore does not run, whose beams and ends cannot be known; "
                 "monitor it with model.generate(...) or model.stream(...)"
             )
-        record = self._records.get(frame.call) or _Record(call=frame.call)
+        record = self._records.get(frame.call) or _Record(
+            call=frame.call, columns=[[] for _ in self.sites]
+        )
         frame.notes[self] = record
-        rows: list[Tensor] = []
-        record.rows = rows
         if not self._stepping(frame):
             return lambda place, h: self._score_given(record, place, h, frame.start)
-        # Sites come in their own order, so that inserting each at its place appends it.
-        return rows.insert if frame.width == 1 else lambda place, h: rows.insert(place, h[:, -1:])
+        return lambda place, h: record.columns[place].append(h[:, -1:])
+
+    def columns(self, frame: Frame) -> Sequence[list[Tensor]]:
+        record: _Record = frame.notes[self]
+        return record.columns
 
     def end(self, frame: Frame) -> None:
         record: _Record = frame.notes[self]
         self._records[frame.call] = record
-        if not record.rows:
+        waiting = len(record.columns[0])
+        if waiting == 0:
             return
-        record.waiting.append(record.rows)
         if not record.patience:
-            record.patience = _patience(record.rows)
-        if len(record.waiting) >= record.patience or frame.width > 1:
+            record.patience = _patience([column[0] for column in record.columns])
+        if waiting >= record.patience or frame.width > 1:
             self._score_waiting(record)
 
     def _score_given(
@@ -152,9 +154,11 @@ class Seen:
 
     def _score_waiting(self, record: _Record) -> None:
         """Score the steps that wait, all layers at once, or one by one where devices differ."""
-        steps, record.waiting = record.waiting, []
+        steps = list(zip(*record.columns, strict=True))
         if not steps:
             return
+        for column in record.columns:
+            column.clear()
         if self._one_device is None:
             self._one_device = len({row.device for row in steps[0]}) == 1
         with torch.no_grad():

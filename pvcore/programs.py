@@ -178,6 +178,13 @@ class SiteProgram:
             move = cache[self]
         return h if move is None else move(h)
 
+    def settled(self, frame: Frame) -> Move | None:
+        """What `apply` does in the decode steps after `frame`, one of them, which it acted in."""
+        if self not in frame.call.steady:
+            return lambda h: self.apply(h, frame)
+        move: Move | None = frame.call.steady[self]
+        return move
+
     def _resolve(self, h: Tensor, frame: Frame) -> Move | None:
         found = self.resolve(h.device, h.dtype, frame)
         if found is None:
@@ -319,6 +326,10 @@ class LinkedProgram(SiteProgram):
         if found.gauge is not None:
             frame.notes[found.link, self.site] = kernels.project(moved.detach(), found.gauge)
         return moved
+
+    def settled(self, frame: Frame) -> Move | None:
+        """Dials and what earlier sites show are looked at in every step."""
+        return lambda h: self.apply(h, frame)
 
 
 def _acting(program: Joint, frame: Frame) -> list[kernels.Step]:

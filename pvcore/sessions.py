@@ -4,7 +4,6 @@ A session belongs to the thread or task that armed it; a run of it belongs to on
 """
 
 import threading
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,9 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from pvcore.errors import HookError, PlanError
+from pvcore.errors import PlanError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.programs import SiteProgram
 from pvcore.sites import Site
@@ -43,6 +41,17 @@ class Reader(Protocol):
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         """The call is over; None when it failed."""
+
+
+@runtime_checkable
+class Collector(Reader, Protocol):
+    """A reader that keeps the newest rows of decode steps until somebody wants them."""
+
+    def columns(self, frame: Frame) -> Sequence[list[Tensor]]:
+        """For each site a list, the same one for a whole call, that is given the site's residual.
+
+        What is in them may be taken out between forwards, and only by emptying them all.
+        """
 
 
 @runtime_checkable
@@ -75,6 +84,15 @@ class _Look(NamedTuple):
     before: bool
 
 
+def _looks(readers: Sequence[Reader]) -> dict[Site, tuple[_Look, ...]]:
+    looks: dict[Site, tuple[_Look, ...]] = {}
+    for index, reader in enumerate(readers):
+        for place, site in enumerate(reader.sites):
+            look = _Look(reader=index, place=place, before=reader.before)
+            looks[site] = (*looks.get(site, ()), look)
+    return looks
+
+
 class Session:
     """One armed plan: its programs and readers, on top of the sessions armed before it."""
 
@@ -91,7 +109,7 @@ class Session:
         self.outer = outer
         self._own = (programs, tuple(readers), row_counts, stop_at, lapsed)
         # Shared with what takes this session's place when one below it is taken off.
-        self.identity, self._tally = object(), [0]
+        self.identity, self._acted = object(), [False]
         # Asked where nothing else could take the session off: it counts as gone once this is true.
         self.lapsed = lapsed
         self.row_counts: frozenset[int] = row_counts | (outer.row_counts if outer else frozenset())
@@ -99,11 +117,7 @@ class Session:
         self.programs: dict[Site, tuple[SiteProgram, ...]] = dict(outer.programs) if outer else {}
         for site, program in programs.items():
             self.programs[site] = (*self.programs.get(site, ()), program)
-        looks: dict[Site, tuple[_Look, ...]] = {}
-        for index, reader in enumerate(self.readers):
-            for place, site in enumerate(reader.sites):
-                look = _Look(reader=index, place=place, before=reader.before)
-                looks[site] = (*looks.get(site, ()), look)
+        looks = _looks(self.readers)
         sites = sorted({*self.programs, *looks})
         # By depth, because a number is found faster than a site, at every block of every token.
         self.work = {
@@ -114,6 +128,14 @@ class Session:
         self.stop_at = None if deepest is None else deepest.depth
         self.expected = tuple(site for site in sites if deepest is None or site <= deepest)
         self.trail = [site.depth for site in self.expected]
+        self.steered = [site.depth for site in self.expected if site in self.programs]
+        # Whether decode steps need nobody to be asked again: what is done at a site is settled.
+        self.settles: bool = (
+            stop_at is None
+            and lapsed is None
+            and (outer is None or outer.settles)
+            and all(isinstance(one, Collector) and not one.before for one in readers)
+        )
 
     def takes_packed(self, training: bool) -> bool:
         """Whether nothing here needs to tell conversations apart that share a row.
@@ -134,104 +156,24 @@ class Session:
             lapsed=lapsed,
             outer=outer,
         )
-        session.identity, session._tally = self.identity, self._tally
+        session.identity, session._acted = self.identity, self._acted
         return session
 
     @property
-    def forwards(self) -> int:
-        """How many forwards it acted in."""
-        return self._tally[0]
+    def acted(self) -> bool:
+        """Whether a forward ran under it to its end."""
+        return self._acted[0]
 
-    def count_forward(self) -> None:
-        self._tally[0] += 1
+    def note_forward(self) -> None:
+        self._acted[0] = True
         if self.outer is not None:
-            self.outer.count_forward()
+            self.outer.note_forward()
 
     def check_rows(self, frame: Frame) -> None:
         for n_rows in self.row_counts - {frame.call.n_chats}:
             raise PlanError(
                 f"got {n_rows} per-row coefficients for a batch of {frame.call.n_chats}; give one "
                 "number for all rows, or one for each"
-            )
-
-
-class Run:
-    """A session acting in one forward."""
-
-    __slots__ = ("_shape", "_takes", "_trail", "ended", "frame", "owner", "session", "within")
-
-    def __init__(
-        self, session: Session, frame: Frame, owner: int, within: "Run | None" = None
-    ) -> None:
-        self.session, self.frame, self.owner = session, frame, owner
-        # The run of another model whose forward this one is part of.
-        self.within = within
-        self._takes = [reader.begin(frame) for reader in session.readers]
-        self._trail: list[int] = []
-        self._shape: torch.Size | None = None
-        self.ended = False
-
-    def begin_step(self) -> None:
-        """Act in the next decode step of the same call: only its column is new."""
-        self.frame.start += 1
-        self._trail = []
-        self._takes = [reader.begin(self.frame) for reader in self.session.readers]
-        self.ended = False
-
-    def fire(self, depth: int, h: Tensor) -> Tensor | None:
-        """Patch, then read. None leaves the residual as it is."""
-        work = self.session.work.get(depth)
-        if work is None:
-            return None
-        programs, looks = work
-        rows = h if h.shape == self._shape else self._rows(depth, h)
-        moved = rows
-        for program in programs:
-            moved = program.apply(moved, self.frame)
-        if not self.ended:
-            # A block that runs again after its forward is a checkpoint being recomputed: the
-            # patch belongs to it, counts and readings were made the first time.
-            self._trail.append(depth)
-            for reader, place, before in looks:
-                self._takes[reader](place, rows if before else moved)
-        if depth == self.session.stop_at:
-            self.end()
-            raise ForwardStopped
-        if moved is rows:
-            return None
-        return moved if rows is h else moved.view(h.shape)
-
-    def _rows(self, depth: int, h: Tensor) -> Rows:
-        """The residual as `[batch, pos, d_model]`; checked once for all that have its shape."""
-        frame = self.frame
-        rows = h if h.ndim == 3 else h.reshape(frame.batch, -1, h.shape[-1])
-        if rows.shape[:2] != (frame.batch, frame.width):
-            site = next(site for site in self.session.expected if site.depth == depth)
-            raise HookError(
-                f"got rows {list(h.shape)} at {site} in a forward of {frame.batch} rows and "
-                f"{frame.width} columns; packed rows cannot be told apart"
-            )
-        self._shape = rows.shape
-        return rows
-
-    def end(self) -> None:
-        """Check that every site fired exactly once, then let the readers finish."""
-        if self._trail != self.session.trail:
-            self._refuse_trail()
-        self.ended = True
-        self.session.count_forward()
-        for reader in self.session.readers:
-            reader.end(self.frame)
-
-    def _refuse_trail(self) -> None:
-        """Blocks may run in an order of their own, but each once."""
-        fired = Counter(self._trail)
-        wrong = [site for site in self.session.expected if fired[site.depth] != 1]
-        if wrong:
-            counts = ", ".join(f"{site}: {fired[site.depth]}" for site in wrong)
-            raise HookError(
-                f"got a forward in which armed sites did not fire once each ({counts}); the model "
-                "skipped or repeated blocks (layer drop, early exit): turn that off"
             )
 
 
@@ -255,7 +197,6 @@ class Armings:
 
 ARMINGS = Armings()
 ARMED: ContextVar[Mapping[int, Session] | None] = ContextVar("pvcore_armed", default=None)
-RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
 
 
 def session_on(owner: int) -> Session | None:
@@ -264,28 +205,6 @@ def session_on(owner: int) -> Session | None:
     while session is not None and session.lapsed is not None and session.lapsed():
         session = session.outer
     return session
-
-
-def disarm(session: Session, owner: int) -> bool:
-    """Take a session off; those armed on top of it stay. False where this context has none."""
-    above = []
-    armed = ARMED.get() or {}
-    top = armed.get(owner)
-    while top is not None and top.identity is not session.identity:
-        above.append(top)
-        top = top.outer
-    run = RUN.get()
-    own = run is not None and run.owner == owner
-    if run is not None and own and (run.ended or run.session.identity is session.identity):
-        RUN.set(run.within)
-    if top is None:
-        return False
-    left = top.outer
-    for one in reversed(above):
-        left = one.over(left)
-    others = {key: one for key, one in armed.items() if key != owner}
-    ARMED.set((others if left is None else {**others, owner: left}) or None)
-    return True
 
 
 def hold(session: Session, owner: int) -> Callable[[], None]:
@@ -302,53 +221,3 @@ def hold(session: Session, owner: int) -> Callable[[], None]:
         ARMED.set((others if left is None else {**others, owner: left}) or None)
 
     return release
-
-
-class Recomputes:
-    """Which run patched a checkpointed block, for the backward pass that recomputes it.
-
-    Backward passes run later, in other threads and in any order, so neither a context variable
-    nor the newest forward tells. The block is given the very tensor it was given before: its
-    storage does, as long as that lives. Entries whose backward never comes go with it.
-    """
-
-    LIMIT = 1 << 16
-
-    def __init__(self) -> None:
-        # Public, because an idle tap looks at every block whether there are any.
-        self.runs: OrderedDict[tuple[Site, int], tuple[StorageWeakRef, Run]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def remember(self, site: Site, given: Tensor, run: Run) -> None:
-        storage = StorageWeakRef(given.untyped_storage())  # type: ignore[no-untyped-call]
-        with self._lock:
-            self.runs[site, given.data_ptr()] = storage, run
-            self.runs.move_to_end((site, given.data_ptr()))
-            if len(self.runs) > self.LIMIT:
-                self.runs.popitem(last=False)
-
-    def find(self, site: Site, given: Tensor) -> Run | None:
-        """The run that patched the block given this tensor; None where nothing did.
-
-        An address says nothing by itself: another tensor may have taken it over.
-        """
-        known = self.runs.get((site, given.data_ptr()))
-        if known is None or known[0].cdata != given.untyped_storage()._cdata:
-            return None
-        return known[1]
-
-    def forget(self, site: Site, given: Tensor) -> None:
-        """An unpatched forward was given this address: what was there before is gone."""
-        with self._lock:
-            self.runs.pop((site, given.data_ptr()), None)
-
-    def prune(self) -> None:
-        """Let go of blocks whose tensors are gone: no backward pass can recompute them."""
-        with self._lock:
-            gone = [key for key, (storage, _) in self.runs.items() if _expired(storage)]
-            for key in gone:
-                del self.runs[key]
-
-
-def _expired(storage: StorageWeakRef) -> bool:
-    return bool(storage.expired())  # type: ignore[no-untyped-call]

@@ -19,7 +19,8 @@ from pvcore.frames import Call, Outcome, running
 from pvcore.hooks import Begin, End, Mid, Post, Pre, Tapped
 from pvcore.programs import SiteProgram
 from pvcore.resident import traces
-from pvcore.sessions import ARMED, ARMINGS, Reader, Session, disarm, session_on
+from pvcore.runs import RUN, disarm
+from pvcore.sessions import ARMED, ARMINGS, Reader, Session, session_on
 from pvcore.sessions import hold as hold_session
 from pvcore.sites import Site, resid_post, resid_pre
 from pvcore.turns import Turn
@@ -56,7 +57,13 @@ class Taps(Tapped):
             undo.callback(first.remove)
             if lanes.safe():
                 for block, after in posts:
-                    lanes.give_lane(block, after=after)
+                    lanes.give_block_lane(
+                        block,
+                        after=after,
+                        place=(self.key, after[1].depth),
+                        running=RUN.get,
+                        recomputes=self.recomputes.runs,
+                    )
                 lanes.give_lane(decoder.owner, before=(first, begin), after=(last, end))
             # Taken off again only where the decoder's blocks have changed.
             self._off = undo.pop_all()
@@ -126,7 +133,7 @@ class Taps(Tapped):
                 "got a block that is left in another context (a task, or a thread's copy) than it "
                 "was entered in, where nothing was armed; enter and leave it in one place"
             )
-        if session.forwards == 0:
+        if not session.acted:
             raise HookError(
                 "got an armed plan and no forward of the model inside its block; run the model "
                 "inside it (a copy, or a compiled twin made earlier, does not count)"

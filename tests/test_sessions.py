@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import pvcore as pv
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
-from pvcore.sessions import Recomputes, Run
+from pvcore.recomputes import Recomputes
+from pvcore.runs import Run
 from tests.families import build
 from tests.finetuning import vector as strong
 from tests.test_plan import vector
@@ -195,3 +197,75 @@ def test_prevention_leaves_nothing_for_later_backward_passes() -> None:
 
     assert torch.equal(loss(True), loss(False))
     assert loss(False).abs().sum() > 0
+
+
+def generate(
+    model: pv.HookedModel, plan: pv.Plan, *, tokens: int = 6, **extra: Any
+) -> list[Tensor]:
+    with model.arm(plan) as seen:
+        made = model.generate_ids(
+            [IDS[0]], max_new_tokens=tokens, do_sample=False, pad_token_id=0, **extra
+        )
+    return [*made, *([seen["evil"].steps] if plan.monitor else [])]
+
+
+PLANS = {
+    "monitor": pv.Plan(monitor=pv.VectorBank([vector()])),
+    "steer": pv.Plan(add(4.0, layer=0), add(4.0, layer=2)),
+    "both": pv.Plan(add(4.0, layer=2), monitor=pv.VectorBank([vector()])),
+}
+
+
+class AtStep:
+    """A logits processor that does something before the forward of one step."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self.left, self.act = step, act
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return scores
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_block_skipped_in_any_decode_step_is_refused(plan: str, step: int) -> None:
+    model = hooked()
+    whole = generate(model, PLANS[plan])
+    skip = AtStep(step, lambda: setattr(model.hf.config, "num_hidden_layers", 2))
+    with pytest.raises(HookError, match=r"did not fire once each \(resid_post\.2: 0\)"):
+        generate(model, PLANS[plan], logits_processor=[skip])
+    model.hf.config.num_hidden_layers = model.n_layers
+    again = generate(model, PLANS[plan])
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_block_repeated_in_any_decode_step_is_refused(plan: str, step: int) -> None:
+    model = hooked()
+    block, given, due = model.hf.model.layers[2], [], [False]
+    forward = block.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given[:] = [args, kwargs]
+        return forward(*args, **kwargs)
+
+    block.forward = noted
+
+    def repeat(*_: Any) -> None:
+        if due[0]:
+            due[0] = False
+            block(*given[0], **given[1])
+
+    handle = model.hf.model.norm.register_forward_pre_hook(repeat)
+    whole = generate(model, PLANS[plan])
+    with pytest.raises(HookError, match=r"did not fire once each \(resid_post\.2: 2\)"):
+        generate(
+            model, PLANS[plan], logits_processor=[AtStep(step, lambda: due.__setitem__(0, True))]
+        )
+    again = generate(model, PLANS[plan])
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
