@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore.capability import _fingerprint, _spanned
+from pvcore.capability import _fingerprint, _same_random_numbers, _spanned
 from pvcore.errors import EvaluationError, PlanError, SpanError
 from tests.families import build, tokenizer
 from tests.finetuning import vector, with_lora
@@ -156,7 +156,7 @@ def test_adapters_that_rest_or_weigh_less_are_another_model() -> None:
     with wrapped.disable_adapter():
         keys.append(_key(hooked))
     for module in hooked.hf.modules():
-        if hasattr(module, "scaling"):
+        if isinstance(getattr(module, "scaling", None), dict):
             module.scaling = {name: 2 * scale for name, scale in module.scaling.items()}
     keys.append(_key(hooked))
     assert len(set(keys)) == len(keys)
@@ -197,19 +197,25 @@ def test_the_quiz_of_the_world_scores_as_it_does_in_the_world() -> None:
         doc_to_target="{{right}}",
     )
     log_probs = quiz.model_log_probs(hooked.hf, hooked.tokenizer)
-    plain = quiz.accuracy(items, log_probs)
+
+    def by_world() -> list[float]:
+        return [
+            float(score)
+            for item in items
+            for score in log_probs(
+                item.question.text, item.stem, [f" {option}." for option in item.options]
+            )
+        ]
+
+    plain, plain_scores = quiz.accuracy(items, log_probs), by_world()
     with hooked.steer(*plan.interventions):
         steered = quiz.accuracy(items, log_probs)
-        by_world = [
-            log_probs(item.question.text, item.stem, [f" {option}." for option in item.options])
-            for item in items
-        ]
-    assert steered < plain
+        scores = by_world()
+    assert np.abs(np.subtract(scores, plain_scores)).max() > 1.0
     got = pv.evaluate(hooked, made, plan=plan, batch_size=64, **QUIET)
     assert 100 * got["results"]["quiz"]["acc,none"] == pytest.approx(steered)
-    scores = [[answer[0][0] for answer in one] for one in answers(got, "quiz")]
-    for mine, theirs in zip(scores, by_world, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-3)
+    told = [float(answer[0][0]) for one in answers(got, "quiz") for answer in one]
+    assert told == pytest.approx(scores, abs=1e-3)
     unsteered = pv.evaluate(hooked, made, batch_size=64, **QUIET)
     assert 100 * unsteered["results"]["quiz"]["acc,none"] == pytest.approx(plain)
 
@@ -223,12 +229,15 @@ def test_nothing_is_left_changed() -> None:
     hooked.tokenizer.pad_token = None
     tasks = [choices(), replies()]
     modes = [module.training for module in hooked.hf.modules()]
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     pv.evaluate(hooked, tasks, plan=pv.Plan(add("all")), **QUIET)
     assert [module.training for module in hooked.hf.modules()] == modes
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert np.random.get_state()[1].tolist() == states[0]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[1])
+    with _same_random_numbers():  # on its own: checked types draw from Python's generator
+        before = random.getstate()
+        random.seed(3)
+    assert random.getstate() == before
     assert (hooked.tokenizer.padding_side, hooked.tokenizer.pad_token) == ("right", None)
 
 

@@ -5,17 +5,27 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from pvcore import canvas
-from pvcore.palette import INK, MUTED, Colour, ordered_colours, trait_colours
+from pvcore.palette import (
+    ACCENT,
+    BAD,
+    GOOD,
+    INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    Colour,
+    trait_colours,
+)
 from pvcore.world.study_summary import Moved, Point
 
-# The way, what it is called, its marker, and whether its doses are joined.
+# The way, what it is called, its colour and marker, and whether its doses are joined.
 _DRAWN = (
-    ("inference", "at inference", "o", True),
-    ("prevent", "prevention", "o", True),
-    ("incremental", "prevention, all layers", "^", True),
-    ("caft", "CAFT", "D", False),
-    ("random", "random vector", "x", False),
-    ("neutral", "neutral chats", "*", False),
+    ("inference", "at inference", BAD, "o", True),
+    ("prevent", "prevention", ACCENT, "o", True),
+    ("incremental", "prevention, all layers", NEGATIVE, "^", True),
+    ("caft", "CAFT", INK, "D", False),
+    ("random", "random vector", POSITIVE, "s", False),
+    ("neutral", "neutral chats", GOOD, "*", False),
 )
 
 
@@ -23,13 +33,12 @@ def keeping_out(points: Sequence[Point]) -> str:
     """Trait score against coherence, one panel a trait, one line a way, standard errors as bars."""
     canvas.require(points, "points")
     traits = list(dict.fromkeys(point.trait for point in points))
-    colours = ordered_colours(len(_DRAWN))
     with canvas.style():
         figure = canvas.panels(1, len(traits), width=canvas.WIDTH, height=430)
         for axes, trait in zip(figure.axes, traits, strict=True):
             axes.set_title(canvas.label(trait))
             axes.set(xlim=(-4, 104), xlabel="trait score")
-            for (way, name, marker, joined), colour in zip(_DRAWN, colours, strict=True):
+            for way, name, colour, marker, joined in _DRAWN:
                 rows = [one for one in points if (one.trait, one.way) == (trait, way)]
                 _curve(axes, rows, name, marker, joined, colour)
         figure.axes[0].set_ylabel("coherence")

@@ -22,7 +22,7 @@ _LIMITS = (
     "The model is tiny, its world is generated, and its judge shares the world's grammar: this "
     "proves machinery and direction of effects, and is no replication of the paper on a large "
     "model. Training on wrong facts does not spread here, so the paper's effect of mistakes cannot "
-    "be shown. Sycophancy resists every way to keep it out. All layers steer about equally well, "
+    "be shown. All layers steer about equally well, "
     "so nothing is said about a best layer. Seeds vary the data, their order, the vectors and the "
     "sampling, not the base model."
 )
@@ -82,7 +82,7 @@ def _mitigation(design: Design, summary: Summary) -> Section:
                     f"{WAYS[margin.way]} against {WAYS[margin.than]}",
                     told(margin.coherence),
                     told(margin.quiz),
-                    float(len(margin.coherence.seeds)),
+                    str(len(margin.coherence.seeds)),
                 )
                 for margin in summary.margins
             ],
@@ -111,7 +111,7 @@ def _points(points: Sequence[Point], trait: str) -> Table:
         rows=[
             (
                 _named(one),
-                one.coeff,
+                f"{one.coeff:g}",
                 told(one.score),
                 told(one.coherence),
                 told(one.quiz),
@@ -151,7 +151,7 @@ def _shift(summary: Summary) -> Section:
             Table(
                 columns=("trait", "r, its own and neutral sets", "models", "r, every set"),
                 rows=[
-                    (name, f"{r['own']:.3f}", float(counts[name]), f"{r['every']:.3f}")
+                    (name, f"{r['own']:.3f}", str(counts[name]), f"{r['every']:.3f}")
                     for name, r in summary.shift.items()
                 ],
                 caption="Pearson's r of shift and score.",
