@@ -32,7 +32,7 @@ REGION = re.compile(
 OPENING = re.compile(r"<!-- (?:figures?|plot): ")
 NOT_MEASURED = "not measured"
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "kernels" / "README.md")
+DOCUMENTS = (README, ROOT / "benches" / "FIGURES.md", ROOT / "kernels" / "README.md")
 
 app = typer.Typer(add_completion=False)
 
