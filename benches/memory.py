@@ -233,7 +233,9 @@ def live() -> Mapping[int, int]:
     found: dict[int, int] = {}
     for one in gc.get_objects():
         # A compiler's own tensors are subclasses, and have no bytes.
-        if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu":
+        if type(one) not in (Tensor, nn.Parameter) or one.layout is not torch.strided:
+            continue
+        if one.device.type == "cpu":
             storage = one.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -69,6 +69,10 @@ def running(owner: int, call: Call) -> Iterator[None]:
         yield
     finally:
         DECLARED.reset(token)
+        # What knows the call outlives it, and would keep the cache it filled.
+        newest = call.steady.pop(_NEWEST, None)
+        if newest is not None:
+            newest.cache = None
 
 
 class Frame:

@@ -60,13 +60,13 @@ class Hook:
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None
-        if not (block.training and args):
+        if not args or not (block.training or torch.is_grad_enabled()):
             return run
         if run is not None and self.site in run.session.programs:
             # Whoever checkpoints need not say so; where nothing is recomputed, nothing asks.
-            if run.frame.trains or getattr(block, "gradient_checkpointing", False):
+            if torch.is_grad_enabled() or getattr(block, "gradient_checkpointing", False):
                 self.recomputes.remember(self.site, args[0], run)
-        elif getattr(block, "gradient_checkpointing", False):
+        elif self.recomputes.runs or getattr(block, "gradient_checkpointing", False):
             self.recomputes.forget(self.site, args[0])
         return run
 

@@ -17,7 +17,7 @@ import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.outflow import PIECE_BYTES, Outflow, leaves
-from pvcore.sessions import Take
+from pvcore.sessions import Columns, Take
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
 from pvcore_kernels import paths
@@ -48,7 +48,7 @@ class _Record:
     call: Call
     given: dict[Site, list[Tensor]] = field(default_factory=dict)
     # For each site the rows of steps that are not scored yet, and how many of them may be kept.
-    columns: list[list[Tensor]]
+    columns: Columns
     patience: int = 0
     steps: list[Float[Tensor, "site batch n_vec"]] = field(default_factory=list)
     # Where scores leave the device, and how many of the newest steps have not yet.
@@ -138,25 +138,25 @@ class Seen:
                 "monitor it with model.generate(...) or model.stream(...)"
             )
         record = self._records.get(frame.call) or _Record(
-            call=frame.call, columns=[[] for _ in self.sites]
+            call=frame.call, columns=Columns(len(self.sites))
         )
         frame.notes[self] = record
         if not self._stepping(frame):
             return lambda place, h: self._score_given(record, place, h, frame.start)
-        return lambda place, h: record.columns[place].append(h[:, -1:])
+        return lambda place, h: record.columns.rows[place].append(h[:, -1:])
 
-    def columns(self, frame: Frame) -> Sequence[list[Tensor]]:
+    def columns(self, frame: Frame) -> Columns:
         record: _Record = frame.notes[self]
         return record.columns
 
     def end(self, frame: Frame) -> None:
         record: _Record = frame.notes[self]
         self._records[frame.call] = record
-        waiting = len(record.columns[0])
+        waiting = len(record.columns.rows[0])
         if waiting == 0:
             return
         if not record.patience:
-            record.patience = _patience([column[0] for column in record.columns])
+            record.patience = _patience([column[0] for column in record.columns.rows])
         if waiting >= record.patience or frame.width > 1:
             self._score_waiting(record)
 
@@ -174,11 +174,9 @@ class Seen:
 
     def _score_waiting(self, record: _Record) -> None:
         """Score the steps that wait, all layers at once, or one by one where devices differ."""
-        steps = list(zip(*record.columns, strict=True))
+        steps = record.columns.take()
         if not steps:
             return
-        for column in record.columns:
-            column.clear()
         if self._one_device is None:
             self._one_device = len({row.device for row in steps[0]}) == 1
         with torch.no_grad():

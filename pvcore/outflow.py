@@ -96,7 +96,9 @@ class Outflow:
         """The oldest piece. Its source is let go of only now: the allocator knows one stream."""
         one = self._under_way.popleft()
         one.done.synchronize()
-        one.target.copy_(one.pinned)
+        # Whoever asks may have left the inference mode that the target was made in.
+        with torch.inference_mode():
+            one.target.copy_(one.pinned)
         self.held -= one.source.nbytes
 
 

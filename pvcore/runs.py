@@ -77,7 +77,7 @@ class Run:
             self._step = torch.Size((self.frame.batch, 1))
             self._settled = {depth: self._way(depth) for depth in self.session.trail}
         self._armed, self._calls = ARMED.get(), DECLARED.get()
-        self._held = [len(columns[0]) for columns in self._columns]
+        self._held = [one.taken + len(one.rows[0]) for one in self._columns]
         self.straight = self._settled
 
     def goes_on(self, given: Mapping[str, Any]) -> bool:
@@ -95,7 +95,7 @@ class Run:
         if given.get("past_key_values") is not self.frame.cache:
             return False
         self.frame.start += 1
-        self._held = [len(columns[0]) for columns in self._columns]
+        self._held = [one.taken + len(one.rows[0]) for one in self._columns]
         self._trail.clear()
         self.ended = False
         self.straight = self._settled
@@ -108,9 +108,9 @@ class Run:
         if self._trail != steered and sorted(self._trail) != steered:
             self._refuse_settled()
         for columns, held in zip(self._columns, self._held, strict=True):
-            wanted = held + 1
-            for column in columns:
-                if len(column) != wanted:
+            wanted = held + 1 - columns.taken
+            for rows in columns.rows:
+                if len(rows) != wanted:
                     self._refuse_settled()
         self.ended = True
         for reader in self.session.readers:
@@ -119,7 +119,7 @@ class Run:
     def _way(self, depth: int) -> Way:
         programs, looks = self.session.work[depth]
         trail = self._trail
-        sinks = [self._columns[look.reader][look.place].append for look in looks]
+        sinks = [self._columns[look.reader].rows[look.place].append for look in looks]
         if not programs and len(sinks) == 1:
             return sinks[0]
         moves = [move for move in (one.settled(self.frame) for one in programs) if move is not None]
@@ -193,9 +193,9 @@ class Run:
         for reader, columns, held in zip(
             self.session.readers, self._columns, self._held, strict=True
         ):
-            for site, column in zip(reader.sites, columns, strict=True):
+            for site, rows in zip(reader.sites, columns.rows, strict=True):
                 if site not in self.session.programs:
-                    fired[site.depth] = len(column) - held
+                    fired[site.depth] = columns.taken + len(rows) - held
         self._refuse_trail(fired)
 
     def _refuse_trail(self, fired: Mapping[int, int]) -> None:

@@ -43,15 +43,34 @@ class Reader(Protocol):
         """The call is over; None when it failed."""
 
 
+class Columns:
+    """For each site a list that is given its residual in every step, and how many were taken out.
+
+    Only whole steps are taken out, also while one is under way.
+    """
+
+    __slots__ = ("rows", "taken")
+
+    def __init__(self, n_sites: int) -> None:
+        self.rows: list[list[Tensor]] = [[] for _ in range(n_sites)]
+        self.taken = 0
+
+    def take(self) -> list[tuple[Tensor, ...]]:
+        """The rows of every whole step that is kept, step by step."""
+        count = min(map(len, self.rows))
+        steps = list(zip(*(rows[:count] for rows in self.rows), strict=True))
+        for rows in self.rows:
+            del rows[:count]
+        self.taken += count
+        return steps
+
+
 @runtime_checkable
 class Collector(Reader, Protocol):
     """A reader that keeps the newest rows of decode steps until somebody wants them."""
 
-    def columns(self, frame: Frame) -> Sequence[list[Tensor]]:
-        """For each site a list, the same one for a whole call, that is given the site's residual.
-
-        What is in them may be taken out between forwards, and only by emptying them all.
-        """
+    def columns(self, frame: Frame) -> "Columns":
+        """What takes the residuals of this call's decode steps, the same for all of them."""
 
 
 @runtime_checkable

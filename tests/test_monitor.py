@@ -1,5 +1,8 @@
 """What a monitor reports, against dot products of residuals taken by raw hooks."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -154,3 +157,35 @@ def test_a_failed_generation_leaves_no_rows():
             model.generate_ids(prompts([4]), max_new_tokens=-3)
         model.generate_ids(prompts([4]), max_new_tokens=2)
     assert seen["evil"].steps.shape == (2, 3, 1)
+
+
+def test_a_call_that_is_over_keeps_no_cache_alive():
+    model, caches = subject("qwen2").model, []
+    handle = model.hf.model.register_forward_pre_hook(
+        lambda _m, _a, given: caches.append(weakref.ref(given["past_key_values"])),
+        with_kwargs=True,
+    )
+    with model.monitor(BANK) as seen:
+        model.generate_ids(prompts([6, 3]), max_new_tokens=5, do_sample=False)
+    handle.remove()
+    gc.collect()
+    assert len(caches) == 5
+    assert all(cache() is None for cache in caches)
+    assert seen["evil"].steps.shape[0] == 5
+
+
+def test_what_was_seen_so_far_may_be_asked_in_the_middle_of_a_step():
+    model, asked = subject("qwen2").model, []
+    with model.monitor(BANK) as alone:
+        model.generate_ids(prompts([6, 3]), max_new_tokens=6, do_sample=False)
+
+    def ask(_module, _args, out):
+        if out.shape[1] == 1:
+            asked.append(len(seen["evil"].steps))
+
+    handle = model.hf.model.layers[1].register_forward_hook(ask)
+    with model.monitor(BANK) as seen:
+        model.generate_ids(prompts([6, 3]), max_new_tokens=6, do_sample=False)
+    handle.remove()
+    assert asked == [1, 2, 3, 4, 5]
+    assert torch.equal(seen["evil"].steps, alone["evil"].steps)

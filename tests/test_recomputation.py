@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -123,3 +124,39 @@ def test_inside_a_checkpoint_nothing_can_be_changed(reentrant: bool) -> None:
     found.model.hf.eval()
     with found.model.steer(*steps(pv.resid_mid(1), 0.5)):
         loss_of(found.model.hf, ROWS[0])
+
+
+def wrapped(hf: Any) -> None:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+
+    for layer, block in enumerate(hf.model.layers):
+        hf.model.layers[layer] = wrapper.checkpoint_wrapper(
+            block, wrapper.CheckpointImpl.NO_REENTRANT
+        )
+
+
+def of_rows(hf: Any, given: Any) -> list[Any]:
+    """Gradients of the block's weights in a forward on rows of its own."""
+    hf.zero_grad()
+    hf(inputs_embeds=given, use_cache=False).logits.square().mean().backward()
+    return [weight.grad.clone() for weight in hf.model.layers[1].parameters()]
+
+
+def near(one: list[Any], other: list[Any]) -> bool:
+    return all((a - b).abs().max() <= BOUND for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(train: bool) -> None:
+    found = fresh("qwen2")
+    model, hf = found.model, found.model.hf.train(train)
+    rows = torch.randn(1, 5, model.d_model, requires_grad=True)
+    plan = steps(pv.resid_pre(0), 0.5)
+    with model.steer(*plan):
+        steered = of_rows(hf, rows)
+    plain = of_rows(hf, rows)
+    wrapped(hf)
+    with model.steer(*plan):
+        assert near(of_rows(hf, rows), steered)
+    assert near(of_rows(hf, rows), plain)  # the same rows, with nothing armed any more
+    assert not near(plain, steered)

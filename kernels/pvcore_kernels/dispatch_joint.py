@@ -9,6 +9,7 @@ from torch import Tensor
 from pvcore_kernels import dispatch, joint
 from pvcore_kernels.layout import aligned_stack, require_aligned
 from pvcore_kernels.paths import path
+from pvcore_kernels.reference import exact
 
 # Wider banks spill registers in the fused step, and in the norm their sums would be all it does.
 MOST_STEP_VECTORS, MOST_NORM_VECTORS = 32, 8
@@ -44,7 +45,8 @@ def project_stack_into(
     elif step is None:
         torch.bmm(hs.to(out.dtype), v.to(out.dtype).mT, out=out)
     else:
-        scores = torch.bmm(hs.to(out.dtype), v.to(out.dtype).mT)
+        with exact(hs.device):
+            scores = torch.bmm(hs.to(out.dtype), v.to(out.dtype).mT)
         out.index_copy_(0, (step % out.shape[0]).reshape(1), scores[None])
 
 

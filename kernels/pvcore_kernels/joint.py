@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pvcore_kernels.reference import accumulator
+from pvcore_kernels.reference import accumulator, exact
 from pvcore_kernels.rows import add_tokens_into, project, steer
 
 
@@ -15,7 +15,8 @@ def project_layers(
 ) -> Float[Tensor, "layer t k"]:
     """Scores of each layer's rows on that layer's own vectors."""
     wide = accumulator(hs[0].dtype)
-    return torch.bmm(torch.stack(list(hs)).to(wide), v.to(wide).mT)
+    with exact(v.device):
+        return torch.bmm(torch.stack(list(hs)).to(wide), v.to(wide).mT)
 
 
 def change_within(
@@ -48,7 +49,8 @@ def intervene_into(
     every bit. Gives the scores before the step.
     """
     scores = project(h, v)
-    move = change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)
+    with exact(h.device):
+        move = change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)
     moving = (move != 0).any(1).nonzero()[:, 0]
     if out is not h:
         out.copy_(h)

@@ -30,11 +30,12 @@ def project(
     picked = h if rows is None else h.index_select(0, rows)
     wide = accumulator(h.dtype)
     columns = (v if v.dtype is wide else v.to(wide)).t()
+    # Into memory of its own, because autocast rounds only products that it may place.
+    scores = h.new_empty(picked.shape[0], v.shape[0], dtype=wide) if out is None else out
     if h.dtype is wide:
-        return torch.mm(picked, columns, out=out)
+        return torch.mm(picked, columns, out=scores)
     if picked.shape[0] <= BLOCK:
-        return torch.mm(picked.to(wide), columns, out=out)
-    scores = h.new_empty(len(picked), len(v), dtype=wide) if out is None else out
+        return torch.mm(picked.to(wide), columns, out=scores)
     scratch = h.new_empty(BLOCK, h.shape[1], dtype=wide)
     for start in range(0, len(picked), BLOCK):
         block = picked[start : start + BLOCK]

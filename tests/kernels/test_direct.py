@@ -143,3 +143,21 @@ def test_a_request_out_of_range_writes_nothing():
             with pytest.raises(IndexError, match="request 3 of 3"):
                 call(name, given)
         assert same_bits(given["h"], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_no_score(dtype):
+    given = operands(5, 3, 32, dtype)
+    h, v, delta, row = (given[name] for name in ("h", "v", "delta", "row"))
+    bounds, inverse = torch.zeros(3, 3), torch.linalg.inv(v.double() @ v.double().mT).float()
+    wanted = ops.project(h, v), ops.steer_project(h, v, delta, row)[1]
+    landed = ops.intervene(h, v, bounds, bounds, row, inverse)
+    ring = torch.empty(2, 1, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.project(h, v), ops.steer_project(h, v, delta, row)[1]
+        again = ops.intervene(h, v, bounds, bounds, row, inverse)
+        ops.project_stack_out(h[None], v[None], ring, torch.tensor(1))
+        rounded = torch.mm(h.float(), v.float().t())
+    assert all(torch.equal(a, b) for a, b in zip((*wanted, *landed), (*got, *again), strict=True))
+    assert (ring[1, 0] - wanted[0]).abs().max() < 1e-5
+    assert rounded.dtype == torch.bfloat16
