@@ -5,7 +5,6 @@
 Needs torch, transformers and this checkout, and no network. Without a GPU the record says so.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -59,12 +58,8 @@ def main(
     model: Annotated[Path, typer.Option(help="A config.json.")] = SHAPE,
     minutes: Annotated[float, typer.Option(help="Begin no row after this long.")] = 4.0,
 ) -> None:
-    folder = out or Path(os.environ.get("OUT", record.RESULTS))
     made = measure(model, minutes, command="python -m benches.gpu_grid")
-    path = record.write(made, folder)
-    states = {one.status for one in made.cells.values()}
-    print(f"wrote {path.name}: {', '.join(sorted(states))}")
-    if not made.correct:
+    if not record.hand_over(made, out):
         raise typer.Exit(code=1)
 
 

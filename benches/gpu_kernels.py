@@ -6,7 +6,6 @@ Needs torch, Triton and this checkout, and no network. Without a GPU the record 
 """
 
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -218,12 +217,7 @@ def _record(
 def main(
     out: Annotated[Path | None, typer.Option(help="Folder for the record.")] = None,
 ) -> None:
-    folder = out or Path(os.environ.get("OUT", record.RESULTS))
-    made = measure(command="python -m benches.gpu_kernels")
-    path = record.write(made, folder)
-    states = {one.status for one in made.cells.values()}
-    print(f"wrote {path.name}: {', '.join(sorted(states))}")
-    if not made.correct:
+    if not record.hand_over(measure(command="python -m benches.gpu_kernels"), out):
         raise typer.Exit(code=1)
 
 

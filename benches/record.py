@@ -107,6 +107,14 @@ def text_of(record: Record) -> str:
     return json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def hand_over(made: Record, out: Path | None) -> bool:
+    """Write what a GPU script measured, by default to `$OUT`, say so, and whether it is correct."""
+    path = write(made, out or Path(os.environ.get("OUT", RESULTS)))
+    states = {one.status for one in made.cells.values()}
+    print(f"wrote {path.name}: {', '.join(sorted(states))}")
+    return made.correct
+
+
 def write(record: Record, folder: Path = RESULTS) -> Path:
     """Write the record whole and return its path."""
     path = folder / f"{record.name}.json"
