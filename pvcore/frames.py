@@ -85,6 +85,7 @@ class Frame:
         "call",
         "declared",
         "notes",
+        "recorded",
         "start",
         "steady",
         "trains",
@@ -96,7 +97,9 @@ class Frame:
         self.declared = declared
         self.cache: Any = None
         self.steady = width == 1 and start >= call.mask.shape[1]
-        # Whether gradients of this forward will be asked for, as far as can be known.
+        # Whether autograd records this forward, and whether it does for a training step. Blocks
+        # that reentrant checkpointing runs see gradients turned off in either.
+        self.recorded = torch.is_grad_enabled()
         self.trains = False
         self._masks: dict[Span, Tensor | bool] = {}
         # What each reader keeps of this forward; gone with it if it fails.
@@ -172,7 +175,7 @@ def begin_frame(
     frame.cache = cache
     if declared:
         _check_columns(frame)
-    frame.trains = training and torch.is_grad_enabled()
+    frame.trains = training and frame.recorded
     return frame
 
 

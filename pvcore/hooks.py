@@ -4,6 +4,7 @@ An idle hook costs one context-variable read. Registering them is `taps`' work.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from itertools import count
 from typing import Any, no_type_check
 
@@ -53,20 +54,20 @@ class Hook:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _inert_hook, ()
 
-    def _run(self, block: nn.Module, args: tuple[Any, ...]) -> Run | None:
+    def _run(self, args: tuple[Any, ...]) -> Run | None:
         """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
         if _current_backward() != _NO_BACKWARD:
             return self.recomputes.find(self.site, args[0]) if args else None
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None
-        if not args or not (block.training or torch.is_grad_enabled()):
+        known = _RECORDED.get() if run is None else run.frame.recorded
+        if not args or not (known or torch.is_grad_enabled()):
             return run
         if run is not None and self.site in run.session.programs:
             # Whoever checkpoints need not say so; where nothing is recomputed, nothing asks.
-            if torch.is_grad_enabled() or getattr(block, "gradient_checkpointing", False):
-                self.recomputes.remember(self.site, args[0], run)
-        elif self.recomputes.runs or getattr(block, "gradient_checkpointing", False):
+            self.recomputes.remember(self.site, args[0], run)
+        elif self.recomputes.runs:
             self.recomputes.forget(self.site, args[0])
         return run
 
@@ -75,6 +76,9 @@ def _inert_hook() -> Any:
     return _inert
 
 
+# Whether autograd records the forward that began last with nothing armed; told from the decoder's
+# own hook, as reentrant checkpointing turns gradients off around each block.
+_RECORDED: ContextVar[bool] = ContextVar("pvcore_recorded", default=False)
 _current_backward = torch._C._current_graph_task_id
 _NO_BACKWARD = -1
 
@@ -93,12 +97,12 @@ class Post(Hook):
         if is_dynamo_compiling():
             if traces(self.key, self.name):
                 return self._traced(output)
-            return None if _asleep() else _outside_graph(self._act, block, args, output)
+            return None if _asleep() else _outside_graph(self._act, args, output)
         if not self.recomputes.runs and not block.training:
             run = RUN.get()
             if run is None or self.depth not in run.session.work:
                 return None
-        return self._act(block, args, output)
+        return self._act(args, output)
 
     @no_type_check
     def _traced(self, output):
@@ -107,8 +111,8 @@ class Post(Hook):
         moved = self.taps.resident.fire(self.name, output[0])
         return None if moved is None else (moved, *output[1:])
 
-    def _act(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        run = self._run(block, args)
+    def _act(self, args: tuple[Any, ...], output: Any) -> Any:
+        run = self._run(args)
         if run is None:
             return None
         if isinstance(output, Tensor):
@@ -123,14 +127,14 @@ class Pre(Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
     @no_type_check
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_dynamo_compiling():
             if traces(self.key, self.name):
                 return self._traced(args, kwargs)
-            return None if _asleep() else _outside_graph(self._act, block, args, kwargs)
+            return None if _asleep() else _outside_graph(self._act, args, kwargs)
         if RUN.get() is None and not self.recomputes.runs:
             return None
-        return self._act(block, args, kwargs)
+        return self._act(args, kwargs)
 
     @no_type_check
     def _traced(self, args, kwargs):
@@ -139,8 +143,8 @@ class Pre(Hook):
             return None
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
-    def _act(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = self._run(block, args)
+    def _act(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._run(args)
         if run is None:
             return None
         moved = run.fire(self.depth, args[0] if args else kwargs["hidden_states"])
@@ -223,6 +227,7 @@ class Begin(Hook):
             return
         if self.recomputes.runs and _current_backward() == _NO_BACKWARD:
             self.recomputes.prune()
+            _RECORDED.set(torch.is_grad_enabled())
         within = last if last is not None and last.owner != self.key and not last.ended else None
         RUN.set(within)
         if session is None:

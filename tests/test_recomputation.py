@@ -126,13 +126,12 @@ def test_inside_a_checkpoint_nothing_can_be_changed(reentrant: bool) -> None:
         loss_of(found.model.hf, ROWS[0])
 
 
-def wrapped(hf: Any) -> None:
+def wrapped(hf: Any, *, reentrant: bool) -> None:
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
 
+    way = wrapper.CheckpointImpl.REENTRANT if reentrant else wrapper.CheckpointImpl.NO_REENTRANT
     for layer, block in enumerate(hf.model.layers):
-        hf.model.layers[layer] = wrapper.checkpoint_wrapper(
-            block, wrapper.CheckpointImpl.NO_REENTRANT
-        )
+        hf.model.layers[layer] = wrapper.checkpoint_wrapper(block, way)
 
 
 def of_rows(hf: Any, given: Any) -> list[Any]:
@@ -146,8 +145,12 @@ def near(one: list[Any], other: list[Any]) -> bool:
     return all((a - b).abs().max() <= BOUND for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # within no_grad
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(train: bool) -> None:
+def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(
+    train: bool, reentrant: bool
+) -> None:
     found = fresh("qwen2")
     model, hf = found.model, found.model.hf.train(train)
     rows = torch.randn(1, 5, model.d_model, requires_grad=True)
@@ -155,8 +158,14 @@ def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(train: bool)
     with model.steer(*plan):
         steered = of_rows(hf, rows)
     plain = of_rows(hf, rows)
-    wrapped(hf)
+    wrapped(hf, reentrant=reentrant)
     with model.steer(*plan):
         assert near(of_rows(hf, rows), steered)
+        loss = hf(inputs_embeds=rows, use_cache=False).logits.square().mean()
+    with torch.no_grad():
+        hf(inputs_embeds=rows, use_cache=False)
+    hf.zero_grad()
+    loss.backward()
+    assert near([one.grad for one in hf.model.layers[1].parameters()], steered)
     assert near(of_rows(hf, rows), plain)  # the same rows, with nothing armed any more
     assert not near(plain, steered)
