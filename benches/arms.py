@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pvcore as pv
 from benches.bare_hooks import steering, watching
-from benches.random_models import twin
+from benches.random_models import random_prompts, random_vectors, twin
 from pvcore.blocks import find_decoder
 from pvcore.chats import as_chats, encode_all, pad
 
@@ -60,6 +60,36 @@ class Task:
         given = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
         placed = {name: tensor.to(self.model.device) for name, tensor in given.items()}
         object.__setattr__(self, "given", placed)
+
+    @classmethod
+    def of(
+        cls,
+        plain: Any,
+        model: pv.HookedModel,
+        traits: Sequence[str],
+        *,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        seed: int,
+    ) -> "Task":
+        """Random prompts of different lengths, random vectors at every layer, one add midway."""
+        vectors = random_vectors(model.d_model, range(model.n_layers), traits=traits, seed=seed)
+        lengths = [prompt_tokens - row % 4 for row in range(batch)]
+        vocabulary = int(model.hf.config.get_text_config().vocab_size)
+        prompts = random_prompts(lengths, vocabulary, seed=seed)
+        site = pv.resid_post(model.n_layers // 2)
+        rows = model.read(prompts[:8], sites=[site], span="all")[site]
+        return cls(
+            plain=plain,
+            model=model,
+            vectors=vectors,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            layer=site.layer,
+            # Twice the residual's own length changes a reply for certain.
+            coeff=2.0 * float(rows.norm(dim=-1).mean()) / float(vectors[0].direction(site).norm()),
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from benches.arms_checks import differing, projection_error
 from benches.engines import compiled_run
 from benches.loading import called, loaded
 from benches.overhead import ROWS as WORDS
-from benches.random_models import Shape, random_prompts, random_vectors, twin
+from benches.random_models import Shape, twin
 from benches.record import Cell, Check, Record
 
 NAME = "compiled"
@@ -62,21 +62,17 @@ class Ways:
     def __init__(self, settings: Settings, batch: int) -> None:
         self.settings, self.batch = settings, batch
         plain = loaded(settings.model, settings.shape, seed=settings.seed)
-        config = plain.config.get_text_config()
-        layers = range(config.num_hidden_layers)
-        traits = [f"trait {number}" for number in range(settings.vectors)]
-        lengths = [settings.prompt_tokens - row % 4 for row in range(batch)]
-        task = Task(
-            plain=plain,
-            model=pv.HookedModel(twin(plain), model_id=""),
-            vectors=random_vectors(config.hidden_size, layers, traits=traits, seed=settings.seed),
-            prompts=random_prompts(lengths, config.vocab_size, seed=settings.seed),
+        self.task = Task.of(
+            plain,
+            pv.HookedModel(twin(plain), model_id=""),
+            [f"trait {number}" for number in range(settings.vectors)],
+            batch=batch,
+            prompt_tokens=settings.prompt_tokens,
             new_tokens=settings.new_tokens,
-            layer=len(layers) // 2,
-            coeff=0.0,
+            seed=settings.seed,
         )
-        self.task = replace(task, coeff=self._telling(task))
-        add = pv.Add(task.vectors[0], coeff=self.task.coeff, layers=[task.layer])
+        task = self.task
+        add = pv.Add(task.vectors[0], coeff=task.coeff, layers=[task.layer])
         self.runs: dict[str, Run] = {
             "plain": self._compiled(twin(plain)),
             "again": self._compiled(twin(plain)),
@@ -87,13 +83,6 @@ class Ways:
             "both": self._graphed(lambda model: model.arm(pv.Plan(add, monitor=self.task.bank))),
             "eager": lambda **extra: self.task.unhooked(plain, extra),
         }
-
-    def _telling(self, task: Task) -> float:
-        """Twice the residual's own length changes a reply for certain."""
-        site = pv.resid_post(task.layer)
-        rows = task.model.read(list(task.prompts), sites=[site], span="all")[site]
-        raw = task.vectors[0].direction(site)
-        return 2.0 * float(rows.norm(dim=-1).mean()) / float(raw.norm())
 
     def _hooked(self) -> pv.HookedModel:
         return pv.HookedModel(twin(self.task.plain), model_id="")

@@ -93,7 +93,7 @@ class Settings:
         Case(
             shape=QwenShape(hidden=896, layers=24, vocabulary=151936),
             sites=(16,),
-            conversations=24,
+            conversations=48,
             against=PAPER,
         ),
     )

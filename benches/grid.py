@@ -17,7 +17,7 @@ from benches.engines import Engine, Name
 from benches.grid_arms import AGAIN, IDLE, PLAIN, Way, runs_of, ways
 from benches.grid_checks import References, check
 from benches.loading import called, loaded
-from benches.random_models import Shape, random_prompts, random_vectors, twin
+from benches.random_models import Shape, twin
 from benches.record import Cell, Check, Record
 from benches.rounds import Lap
 
@@ -120,26 +120,15 @@ def _deadline(minutes: float | None) -> Callable[[], bool]:
 
 
 def task_of(plain: object, hooked: pv.HookedModel, batch: int, settings: Settings) -> Task:
-    """What is generated at one batch. Prompts are padded to different lengths."""
-    site = pv.resid_post(hooked.n_layers // 2)
-    traits = [f"trait {number}" for number in range(max(settings.vectors))]
-    vectors = random_vectors(
-        hooked.d_model, range(hooked.n_layers), traits=traits, seed=settings.seed
-    )
-    lengths = [settings.prompt_tokens - row % 4 for row in range(batch)]
-    vocabulary = int(hooked.hf.config.get_text_config().vocab_size)
-    prompts = random_prompts(lengths, vocabulary, seed=settings.seed)
-    rows = hooked.read(prompts[:8], sites=[site], span="all")[site]
-    raw = vectors[0].direction(site)
-    return Task(
-        plain=plain,
-        model=hooked,
-        vectors=vectors,
-        prompts=prompts,
+    """What is generated at one batch."""
+    return Task.of(
+        plain,
+        hooked,
+        [f"trait {number}" for number in range(max(settings.vectors))],
+        batch=batch,
+        prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
-        layer=site.layer,
-        # Twice the residual's own length changes a reply for certain.
-        coeff=2.0 * float(rows.norm(dim=-1).mean()) / float(raw.norm()),
+        seed=settings.seed,
     )
 
 

@@ -12,7 +12,7 @@ from benches import lockstep, record, rounds
 from benches.arms import Task
 from benches.arms_checks import check
 from benches.loading import called, loaded
-from benches.random_models import Shape, random_prompts, random_vectors, twin
+from benches.random_models import TRAITS, Shape, twin
 from benches.record import Cell, Check, Record
 
 NAME = "overhead"
@@ -100,20 +100,14 @@ def _subjects(settings: Settings) -> tuple[Any, pv.HookedModel]:
 
 
 def _task(settings: Settings, plain: Any, model: pv.HookedModel, batch: int) -> Task:
-    vectors = random_vectors(model.d_model, range(model.n_layers), seed=settings.seed)
-    lengths = [settings.prompt_tokens - row % 4 for row in range(batch)]
-    prompts = random_prompts(lengths, plain.config.vocab_size, seed=settings.seed)
-    site = pv.resid_post(model.n_layers // 2)
-    rows = model.read(list(prompts), sites=[site], span="all")[site]
-    return Task(
-        plain=plain,
-        model=model,
-        vectors=vectors,
-        prompts=prompts,
+    return Task.of(
+        plain,
+        model,
+        TRAITS,
+        batch=batch,
+        prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
-        layer=site.layer,
-        # Twice the residual's own length changes a reply for certain.
-        coeff=2.0 * float(rows.norm(dim=-1).mean()) / float(vectors[0].direction(site).norm()),
+        seed=settings.seed,
     )
 
 

@@ -86,11 +86,7 @@ def run_overhead(
     base: Base = None,
 ) -> None:
     """Monitoring and steering beside plain generation."""
-    settings = overhead.QUICK if quick else overhead.Settings()
-    if model is not None:
-        settings = replace(settings, model=model)
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
+    settings = _settled(overhead, quick, model=model, rounds=rounds)
     command = _command("overhead", quick, model, rounds=settings.rounds)
     wish = Wish(quick, out, as_json, base, (rounds, model))
     _finish(overhead.NAME, lambda: overhead.measure(settings, command=command), wish)
@@ -106,11 +102,7 @@ def run_compiled(
     base: Base = None,
 ) -> None:
     """Monitoring and steering in compiled generation, beside plain compiled generation."""
-    settings = compiled.QUICK if quick else compiled.Settings()
-    if model is not None:
-        settings = replace(settings, model=model)
-    if rounds is not None:
-        settings = replace(settings, generations=rounds)
+    settings = _settled(compiled, quick, model=model, generations=rounds)
     command = _command("compiled", quick, model, rounds=settings.generations)
     wish = Wish(quick, out, as_json, base, (rounds, model))
     _finish(compiled.NAME, lambda: compiled.measure(settings, command=command), wish)
@@ -128,11 +120,7 @@ def run_grid(
     base: Base = None,
 ) -> None:
     """Vectors, layers, batches and engines against each other: prompt and decoding."""
-    settings = grid.QUICK if quick else grid.Settings()
-    if model is not None:
-        settings = replace(settings, model=model)
-    if minutes is not None:
-        settings = replace(settings, minutes=minutes)
+    settings = _settled(grid, quick, model=model, minutes=minutes)
     command = _command("grid", quick, model)
     wish = Wish(quick, out, as_json, base, (model, minutes))
     _finish(grid.NAME, lambda: grid.measure(settings, command=command), wish)
@@ -145,7 +133,7 @@ def run_memory(
     """What monitoring adds to memory while 4096 tokens are made. The bytes of scores are the same
     in any model of as many layers, hence no --model.
     """
-    settings = memory.QUICK if quick else memory.Settings()
+    settings = _settled(memory, quick)
     command = _command("memory", quick)
     wish = Wish(quick, out, as_json, base)
     _finish(memory.NAME, lambda: memory.measure(settings, command=command), wish)
@@ -176,15 +164,11 @@ def run_peers(
     base: Base = None,
 ) -> None:
     """pvcore and its peers at the same jobs, each in a process of its own."""
-    settings = peers.QUICK if quick else peers.Settings()
+    settings = _settled(peers, quick, model=model, rounds=rounds)
     if only:
         if unknown := sorted(set(only) - set(PEERS)):
             raise typer.BadParameter(f"got {', '.join(unknown)}; wanted some of {', '.join(PEERS)}")
         settings = replace(settings, peers=tuple(only))
-    if model is not None:
-        settings = replace(settings, model=model)
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
     command = _command("peers", quick, model, rounds=settings.rounds)
     command += "".join(f" --only {name}" for name in only or ())
     wish = Wish(quick, out, as_json, base, (rounds, only, model))
@@ -203,12 +187,10 @@ def run_kernels(
     base: Base = None,
 ) -> None:
     """The kernels' CPU path beside torch calls written by hand."""
-    settings = kernels.QUICK if quick else kernels.Settings()
+    settings = _settled(kernels, quick, rounds=rounds)
     if model is not None and base is None:
         width = loading.config_of(model).get_text_config().hidden_size
         settings = replace(settings, width=int(width))
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
     command = _command("kernels", quick, model, rounds=settings.rounds)
     wish = Wish(quick, out, as_json, base, (rounds, model))
     _finish(kernels.NAME, lambda: kernels.measure(settings, command=command), wish)
@@ -224,11 +206,7 @@ def run_scaling(
     base: Base = None,
 ) -> None:
     """Cost against vectors, layers, batch, context and distinct configurations."""
-    settings = scaling.QUICK if quick else scaling.Settings()
-    if model is not None:
-        settings = replace(settings, model=model)
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
+    settings = _settled(scaling, quick, model=model, rounds=rounds)
     command = _command("scaling", quick, model, rounds=settings.rounds)
     wish = Wish(quick, out, as_json, base, (rounds, model))
     _finish(scaling.NAME, lambda: scaling.measure(settings, command=command), wish)
@@ -263,7 +241,7 @@ def run_extraction(quick: Quick = False, out: Out = None, as_json: AsJson = Fals
     """Seven vectors of the shipped model: how they steer, and whether they repeat. Its record is
     claims and not figures, hence no --base.
     """
-    settings = extraction.QUICK if quick else extraction.Settings()
+    settings = _settled(extraction, quick)
     torch.set_num_threads(1)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         made = extraction.measure(settings, command=_command("extraction", quick))
@@ -294,7 +272,7 @@ def run_flagging(
 @app.command("flags")
 def run_flags(quick: Quick = False, out: Out = None, as_json: AsJson = False) -> None:
     """Projections of data sets and rows, against what training on them does."""
-    settings = flags.QUICK if quick else flags.Settings()
+    settings = _settled(flags, quick)
     command = _command("flags", quick)
     wish = Wish(quick, out, as_json, None)
     _finish(flags.NAME, lambda: flags.measure(settings, command=command), wish)
@@ -308,9 +286,7 @@ def run_million(
     as_json: AsJson = False,
 ) -> None:
     """A scan of a million conversations: every row once, memory and open files flat."""
-    settings = million.QUICK if quick else million.Settings()
-    if rows is not None:
-        settings = replace(settings, rows=rows)
+    settings = _settled(million, quick, rows=rows)
     command = _command("million", quick, rows=settings.rows)
     wish = Wish(quick, out, as_json, None)
     _finish(million.NAME, lambda: million.measure(settings, command=command), wish)
@@ -324,19 +300,21 @@ def run_kills(
     as_json: AsJson = False,
 ) -> None:
     """A scan killed at every write, and what is left of it when it has gone on."""
-    settings = kills.QUICK if quick else kills.Settings()
-    if points is not None:
-        settings = replace(settings, points=points)
+    settings = _settled(kills, quick, points=points)
     command = _command("kills", quick, points=settings.points)
     wish = Wish(quick, out, as_json, None)
     _finish(kills.NAME, lambda: kills.measure(settings, command=command), wish)
 
 
+def _settled(bench: Any, quick: bool, **asked: object) -> Any:
+    """A bench's settings, but what was asked for."""
+    settings = bench.QUICK if quick else bench.Settings()
+    return replace(settings, **{name: one for name, one in asked.items() if one is not None})
+
+
 def _in_rounds(what: Any, rounds: int | None, wish: Wish) -> None:
     """Measure with a module whose only setting from outside is how often every arm is timed."""
-    settings = what.QUICK if wish.quick else what.Settings()
-    if rounds is not None:
-        settings = replace(settings, rounds=rounds)
+    settings = _settled(what, wish.quick, rounds=rounds)
     command = _command(what.NAME, wish.quick, rounds=settings.rounds)
     _finish(what.NAME, lambda: what.measure(settings, command=command), wish)
 

@@ -22,7 +22,7 @@ from pvcore.resident_moves import Gauges, Joints, Landings, Shifts, fixed, is_la
 from pvcore.sessions import Scorer, Session
 from pvcore.sites import Site
 from pvcore_kernels import paths, routes
-from pvcore_kernels.reference import accumulator
+from pvcore_kernels.reference import accumulator, exact
 
 RING_BYTES = 32 << 20
 RING_STEPS = 64
@@ -141,7 +141,8 @@ class Watch:
         if self._fused:
             torch.ops.pvcore.project_stack_out.default(self.rows, self.units, self.ring, step)
             return
-        scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
+        with exact(self.units.device):
+            scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
         slot = (step % self.ring.shape[0]).reshape(1)
         self.ring.index_copy_(0, slot, scores[None])
 

@@ -19,6 +19,7 @@ from pvcore.programs import FarGate, Joint, Link, Shift
 from pvcore.sites import Site
 from pvcore_kernels import routes
 from pvcore_kernels.landing import interval, lands
+from pvcore_kernels.reference import exact
 
 
 def fixed(like: Tensor, *shape: int) -> Tensor:
@@ -179,9 +180,10 @@ class Joints:
 
     @no_type_check
     def __call__(self, h):
-        moved = self._moved(h) if self.steps else h
-        if self.asked is not None:
-            self.answer.copy_(moved.to(self.asked.dtype) @ self.asked.mT)
+        with exact(self.units.device):
+            moved = self._moved(h) if self.steps else h
+            if self.asked is not None:
+                self.answer.copy_(moved.to(self.asked.dtype) @ self.asked.mT)
         return moved
 
     @no_type_check

@@ -9,7 +9,7 @@ import transformers
 
 import pvcore as pv
 from tests.families import PAD
-from tests.subjects import fresh, trio
+from tests.subjects import fresh, trio, worst
 from tests.test_graph import KINDS, PROMPTS, answer, check
 
 
@@ -71,3 +71,29 @@ def test_cuda_graphs_replay_armed_plans() -> None:
             check(answer(found, plan, "graph", max_new_tokens=80), wanted)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autocast_rounds_the_model_and_not_the_projections(backend: str) -> None:
+    found = fresh("qwen2")
+    found.model.hf.bfloat16()
+    last = pv.VectorBank(trio(pv.resid_post(2)))
+    one, engine = last.vectors[0], pv.Graph(backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, seen = answer(found, pv.Plan(monitor=last), engine)
+        _, wanted = answer(found, pv.Plan(monitor=last), "eager")
+        floor = pv.Plan(pv.Cap(one, min=100.3), monitor=last)
+        _, lifted = answer(found, floor, engine)
+        gated = pv.Plan(pv.Cap(one, min=100.3, when=pv.Below(one, 0.0)), monitor=last)
+        _, parted = answer(found, gated, engine)
+    steps = seen[one.trait].steps
+    assert not torch.equal(steps.nan_to_num(), steps.nan_to_num().bfloat16().float())
+    size = float(steps.nan_to_num().abs().max())
+    # Rounding soon sends the replies apart.
+    assert worst(steps[:2], wanted[one.trait].steps[:2]) < 0.05 * size
+    # What is left is the rounding of the row itself, in elements of about 12.
+    assert worst(lifted[one.trait].steps, torch.full_like(steps, 100.3)) < 0.1
+    assert size < 50
+    moved = parted[one.trait].steps > 50
+    assert 0 < int(moved.sum()) < moved.numel()
+    assert float((parted[one.trait].steps[moved] - 100.3).abs().max()) < 0.1

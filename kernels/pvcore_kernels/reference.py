@@ -9,6 +9,7 @@ read once. Arithmetic is float32, or float64 for float64 rows, and `h'` is round
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -75,6 +76,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 _EXACT = nullcontext()
 
 
+@no_type_check  # traced by compilers, which a run-time type checker would stop
 def exact(device: torch.device) -> AbstractContextManager[object]:
     """Products in the dtype of their operands: autocast would round them to sixteen bits."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
