@@ -59,6 +59,21 @@ repair(InterpreterBuilder)
 repair_bounds(interpreter)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered ops take the way they take on a GPU; above 128 vectors a product is torch's."""
+    from pvcore_kernels import dispatch, dispatch_joint, ops
+
+    def path(device: torch.device, dtype: torch.dtype, n_vec: int) -> str:
+        if dtype == torch.float64:
+            return "reference"
+        return "triton" if n_vec <= 128 else "cublas"
+
+    assert callable(ops.project)  # importing it registers the ops
+    for module in (dispatch, dispatch_joint):
+        monkeypatch.setattr(module, "path", path)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     """torch fills what `torch.empty` and its kin return with NaN: an unwritten element shows."""
