@@ -81,7 +81,8 @@ def intervene_into(
         scores.copy_(joint.intervene_into(out, h, v, low, high, row, gram_inverse))
     elif len(v) > MOST_STEP_VECTORS:
         dispatch.project_into(scores, h, v, None)
-        move = joint.change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)
+        with exact(h.device):
+            move = joint.change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)
         dispatch.steer_project_tokens_into(out, torch.empty_like(scores), h, v, move)
     else:
         from pvcore_kernels.tiled.intervene import intervene

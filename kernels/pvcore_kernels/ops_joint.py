@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pvcore_kernels import checks, gradients_joint
 from pvcore_kernels import dispatch_joint as dispatch
+from pvcore_kernels.dispatch import moved_like
 from pvcore_kernels.reference import accumulator
 from pvcore_kernels.registry import refuse_gradients, register
 
@@ -127,9 +128,11 @@ def _norm(
     v: Tensor,
     offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, moved, scores = _norm_fake(x, residual, weight, eps, delta, row, v, offset)
+    checks.norm(x, residual, weight, delta, row, v)
+    scores = x.new_empty(x.shape[0], v.shape[0], dtype=accumulator(x.dtype))
+    y, moved = moved_like(x), moved_like(x)
     dispatch.norm_into(y, moved, scores, x, residual, weight, eps, delta, row, v, offset)
-    return y, moved, scores
+    return y.contiguous(), moved.contiguous(), scores
 
 
 def _norm_in_place(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvcore_kernels import ops_joint as ops
+from pvcore_kernels.layout import aligned, is_aligned
 from tests.kernels.cases import (
     DTYPES,
     assert_close,
@@ -52,10 +53,29 @@ def test_a_joint_step_matches_float64(shape, dtype, device):
     assert_scores(scores, h, v)
     assert same_bits(moved[row < 0], h[row < 0])
     assert (wanted - h.cpu().double()).norm() > 2 * (moved.cpu().double() - wanted).norm()
-    target, again = h.clone(), torch.full_like(scores, torch.nan)
+    target, again = aligned(h.clone()), torch.full_like(scores, torch.nan)
     ops.intervene_(target, v, low, high, row, inverse, again)
     assert same_bits(target, moved)
     assert same_bits(again, scores)
+    if device == "cuda" and not is_aligned(h):
+        with pytest.raises(ValueError, match="call the functional op"):
+            ops.intervene_(h, v, low, high, row, inverse, again)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_vec", [7, 40])
+def test_autocast_rounds_no_coefficient(n_vec, device):
+    h, v, _low, _high, row, inverse = step_of((9, n_vec, 64), torch.float32, device)
+    nought, row = torch.zeros(4, n_vec, device=device), row.clamp(min=0)
+    given = h, v, nought, nought, row, inverse
+    moved, scores = ops.intervene(*given)
+    with torch.autocast(device, torch.bfloat16):
+        again, as_before = ops.intervene(*given)
+        rounded = scores @ inverse
+    assert rounded.dtype == torch.bfloat16
+    assert same_bits(again, moved)
+    assert same_bits(as_before, scores)
+    assert (moved.double() @ v.double().mT).norm() < 1e-4 * scores.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -97,15 +117,16 @@ def test_stacked_layers_are_scored_like_listed_ones_into_a_slot_of_a_ring(shape,
 @pytest.mark.parametrize("gemma", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_vec", [0, 3, 12])
-def test_the_fused_norm_is_that_of_transformers(n_vec, dtype, gemma, device):
+@pytest.mark.parametrize("width", [96, 100])
+def test_the_fused_norm_is_that_of_transformers(width, n_vec, dtype, gemma, device):
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    norm = (Gemma2RMSNorm if gemma else Qwen2RMSNorm)(96, eps=1e-5).to(device, dtype)
+    norm = (Gemma2RMSNorm if gemma else Qwen2RMSNorm)(width, eps=1e-5).to(device, dtype)
     torch.nn.init.normal_(norm.weight, 1.0, 0.1)
-    x, residuals = residual(9, 96, dtype).to(device), residual(9, 96, dtype, seed=1).to(device)
-    delta, row = 2 * residual(4, 96, torch.float32, seed=2).to(device), requests(9, 4).to(device)
-    v = unit_rows(n_vec, 96, torch.float32).to(device)
+    x, residuals = (residual(9, width, dtype, seed=seed).to(device) for seed in range(2))
+    delta, row = 2 * residual(4, width, torch.float32, seed=2).to(device), requests(9, 4).to(device)
+    v = unit_rows(n_vec, width, torch.float32).to(device)
     with torch.no_grad():
         given = (norm.weight, 1e-5, delta, row, v, gemma)
         y, moved, scores = ops.add_rmsnorm_steer_project(x, residuals, *given)
@@ -120,7 +141,7 @@ def test_the_fused_norm_is_that_of_transformers(n_vec, dtype, gemma, device):
             assert_close(y, norm(wanted).double().cpu(), dtype)
         if n_vec:
             assert_scores(scores, total, v)
-        target, normed = residuals.clone(), torch.empty_like(y)
+        target, normed = aligned(residuals.clone()), aligned(torch.empty_like(y))
         table = torch.full_like(scores, torch.nan)
         ops.add_rmsnorm_steer_project_(x, target, *given, normed, table)
     assert same_bits(target, moved)

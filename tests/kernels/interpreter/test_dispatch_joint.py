@@ -1,0 +1,74 @@
+"""The joint ops as a GPU runs them, run here by the interpreter: every way one of them can go."""
+
+import pytest
+import torch
+
+from pvcore_kernels import joint
+from pvcore_kernels.layout import aligned
+from tests.kernels.cases import (
+    DTYPES,
+    assert_close,
+    assert_scores,
+    requests,
+    residual,
+    same_bits,
+    unit_rows,
+)
+
+OPS = torch.ops.pvcore
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
+
+def norm_of(width, dtype):
+    x, residuals = residual(5, width, dtype), residual(5, width, dtype, seed=1)
+    weight = (1 + residual(1, width, torch.float32, seed=2)[0] / 10).to(dtype)
+    delta, row = residual(3, width, torch.float32, seed=3), requests(5, 3)
+    return x, residuals, weight, 1e-5, delta, row, unit_rows(3, width, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 100, 65])
+def test_the_functional_norm_takes_any_width(width, dtype):
+    x, residuals, *given = norm_of(width, dtype)
+    y, moved, scores = OPS.add_rmsnorm_steer_project.default(x, residuals, *given)
+    assert y.is_contiguous()
+    assert moved.is_contiguous()
+    wanted, steered, _ = joint.add_rmsnorm_steer_project(x, residuals, *given, False)
+    assert same_bits(moved, steered)
+    assert_close(y, wanted.double(), dtype)
+    assert_scores(scores, x + residuals, given[-1])
+    assert not torch.equal(moved, x + residuals)
+
+
+def ablation_of(n_vec, width, dtype=torch.float32):
+    h, v = residual(4, width, dtype), unit_rows(n_vec, width, dtype)
+    nought, row = torch.zeros(1, n_vec), torch.zeros(4, dtype=torch.int32)
+    inverse = torch.linalg.inv(v.double() @ v.double().mT).float()
+    return h, v, nought, nought, row, inverse
+
+
+@pytest.mark.parametrize("n_vec", [7, 40])
+def test_autocast_rounds_no_coefficient(n_vec):
+    given = ablation_of(n_vec, 64)
+    moved, scores = OPS.intervene.default(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, as_before = OPS.intervene.default(*given)
+        rounded = scores @ given[-1]
+    assert rounded.dtype == torch.bfloat16
+    assert same_bits(again, moved)
+    assert same_bits(as_before, scores)
+    assert (moved @ given[1].mT).norm() < 1e-4 * scores.norm()
+
+
+def test_writing_in_place_askew_is_refused_and_writes_nothing():
+    h, v, low, high, row, inverse = ablation_of(3, 100)
+    x, residuals, *given = norm_of(100, torch.float32)
+    before, both = h.clone(), residuals.clone()
+    scores, y = torch.empty(4, 3), torch.empty(5, 100)
+    with pytest.raises(ValueError, match="call the functional op"):
+        OPS.intervene_.default(h, v, low, high, row, inverse, scores)
+    for out, normed in ((residuals, aligned(y)), (aligned(residuals), y)):
+        with pytest.raises(ValueError, match="call the functional op"):
+            OPS.add_rmsnorm_steer_project_.default(x, out, *given, False, normed, torch.empty(5, 3))
+    assert torch.equal(h, before)
+    assert torch.equal(residuals, both)
