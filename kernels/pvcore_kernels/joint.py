@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pvcore_kernels.reference import accumulator, exact
-from pvcore_kernels.rows import add_tokens_into, project, steer
+from pvcore_kernels.rows import project, steer, steer_project_tokens_into
 
 
 def project_layers(
@@ -55,10 +55,10 @@ def intervene_into(
     if out is not h:
         out.copy_(h)
     if len(moving) == len(h):
-        add_tokens_into(out, h, v, move)
+        steer_project_tokens_into(out, None, h, v, move)
     elif len(moving):
         moved = torch.empty_like(h[moving])
-        add_tokens_into(moved, h[moving], v, move[moving])
+        steer_project_tokens_into(moved, None, h[moving], v, move[moving])
         out[moving] = moved
     return scores
 

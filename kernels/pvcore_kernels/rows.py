@@ -154,8 +154,16 @@ def add_tokens_into(
     v: Float[Tensor, "k d_model"],
     c: Float[Tensor, "t k"],
 ) -> None:
-    """`out = h + c v`; `out` may be `h`."""
-    steer_project_tokens_into(out, None, h, v, c)
+    """`out = h + c v`; `out` may be `h`. A row whose coefficients are all 0 keeps every bit."""
+    wide = accumulator(h.dtype)
+    vectors, coefficients = v.to(wide), c.to(wide)
+    moving = (coefficients != 0).any(1, keepdim=True)
+    step = len(h) if h.dtype is wide else BLOCK
+    for start in range(0, len(h), max(step, 1)):
+        block = slice(start, start + step)
+        # In place, because autocast rounds only products that it may place.
+        moved = h[block].to(wide, copy=True).addmm_(coefficients[block], vectors)
+        out[block] = torch.where(moving[block], moved.to(h.dtype), h[block])
 
 
 def steer_project_tokens_into(

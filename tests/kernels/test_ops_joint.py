@@ -79,6 +79,17 @@ def test_autocast_rounds_no_coefficient(n_vec, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_vec", [7, 40, 130])
+def test_a_row_without_a_request_keeps_the_sign_of_zero(n_vec, device):
+    h, v, low, high, row, inverse = step_of((9, n_vec, 160), torch.float32, device)
+    h[1], row[1] = -0.0, -1
+    moved, _ = ops.intervene(h, v, low, high, row, inverse)
+    assert same_bits(moved[row < 0], h[row < 0])
+    assert moved[1].signbit().all()
+    assert not torch.equal(moved, h)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layers_scored_together_match_float64(shape, dtype, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pvcore_kernels import joint
+from pvcore_kernels import joint, rows
 from pvcore_kernels.layout import aligned
 from tests.kernels.cases import (
     DTYPES,
@@ -58,6 +58,37 @@ def test_autocast_rounds_no_coefficient(n_vec):
     assert same_bits(again, moved)
     assert same_bits(as_before, scores)
     assert (moved @ given[1].mT).norm() < 1e-4 * scores.norm()
+
+
+@pytest.mark.parametrize("n_vec", [7, 40, 130])
+def test_a_row_without_a_request_keeps_every_bit_whatever_the_way(n_vec):
+    h, v, low, high, row, inverse = ablation_of(n_vec, 160)
+    h[0] = -0.0
+    h.view(torch.int32)[1, 5] = -3  # a NaN of its own
+    row = torch.tensor([-1, -1, 0, -1], dtype=torch.int32)
+    before = h.clone()
+    moved, scores = OPS.intervene.default(h, v, low, high, row, inverse)
+    OPS.intervene_.default(h, v, low, high, row, inverse, scores)
+    resting = row < 0
+    for got in (moved, h):
+        assert same_bits(got[resting], before[resting])
+        assert not torch.equal(got[2], before[2])
+        assert (got[2] @ v.mT).norm() < 1e-4 * (before[2] @ v.mT).norm()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_adding_nothing_above_the_crossover_keeps_every_bit(dtype):
+    h, v = residual(300, 32, dtype), unit_rows(3, 32, torch.float32)
+    h[::2] = -0.0
+    c = residual(300, 3, torch.float32, seed=4)
+    c[::2] = 0
+    out = torch.full_like(h, torch.nan)
+    rows.add_tokens_into(out, h, v, c)
+    assert same_bits(out[::2], h[::2])
+    wanted = h.double() + c.double() @ v.double()
+    assert_close(out, wanted, torch.float32 if dtype == torch.float64 else dtype)
+    rows.add_tokens_into(h, h, v, c)
+    assert same_bits(h, out)
 
 
 def test_writing_in_place_askew_is_refused_and_writes_nothing():
