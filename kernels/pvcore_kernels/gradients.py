@@ -24,8 +24,11 @@ def _vectors(gs: Tensor, h: Tensor, v: Tensor) -> Tensor:
     return (gs.to(wide).mT @ h.to(wide)).to(v.dtype)
 
 
-def _sum_by_request(moved: Tensor, row: Tensor, delta: Tensor) -> Tensor:
-    """Rows without a request are summed into one more row, which is dropped; nothing syncs."""
+def sum_by_request(moved: Tensor, row: Tensor, delta: Tensor) -> Tensor:
+    """Sums of the rows of each request, shaped as `delta`; nothing syncs.
+
+    Rows without a request are summed into one more row, which is dropped.
+    """
     n_requests = delta.shape[0]
     wide = accumulator(moved.dtype)
     request = torch.where((row >= 0) & (row < n_requests), row, n_requests).long()
@@ -61,6 +64,8 @@ def keep_segment_mean(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def segment_mean(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
     (bounds,) = ctx.saved_tensors
+    if g.shape[0] == 0:
+        return g.new_zeros(ctx.rows, g.shape[1], dtype=ctx.dtype), None
     lengths = (bounds[1:] - bounds[:-1]).to(g.dtype)
     place = torch.arange(ctx.rows, device=g.device, dtype=bounds.dtype)
     segment = torch.bucketize(place, bounds, right=True) - 1
@@ -76,7 +81,7 @@ def keep_steer(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def steer(ctx: Context, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
     delta, row = ctx.saved_tensors
-    return g, _sum_by_request(g, row, delta) if ctx.needs_input_grad[1] else None, None
+    return g, sum_by_request(g, row, delta) if ctx.needs_input_grad[1] else None, None
 
 
 def keep_steer_project(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -95,7 +100,7 @@ def steer_project(
     if gs is not None and ctx.needs_input_grad[1]:
         gv = _vectors(gs, h, v)
     if g is not None and ctx.needs_input_grad[2]:
-        gdelta = _sum_by_request(g, row, delta)
+        gdelta = sum_by_request(g, row, delta)
     return gh, gv, gdelta, None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvcore_kernels.gradients import sum_by_request
 from pvcore_kernels.reference import accumulator
 
 Context = Any
@@ -35,31 +36,37 @@ def keep_intervene(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def intervene(ctx: Context, g: Tensor, gs: Tensor) -> tuple[Tensor | None, ...]:
     h, v, low, high, row, inverse = ctx.saved_tensors
     ops, wide = torch.ops.pvcore, accumulator(h.dtype)
-    scores, g_move = ops.project(h, v), ops.project(g, v)
-    at = row.clamp(0, max(low.shape[0] - 1, 0)).long()
     active = ((row >= 0) & (row < low.shape[0]))[:, None]
-    below = active & (scores < low.to(wide)[at])
-    above = active & (scores > high.to(wide)[at])
+    floor, ceiling = (_of_rows(bounds, row, wide) for bounds in (low, high))
+    scores = ops.project(h, v)
+    # Chosen and not multiplied: 0 times the NaN of a row that rests would reach every request.
+    g_move = torch.where(active, ops.project(g, v), 0.0)
     g_change = g_move @ inverse.to(wide).mT
-    g_scores = gs - g_change * (below | above)
+    below, above = scores < floor, scores > ceiling
+    # A score already where both bounds send it is held there too.
+    held = below | above | (floor == ceiling)
+    g_scores = torch.where(held, gs - g_change, gs)
     gh = ops.steer_project_tokens(g, v, g_scores)[0]
     _, wants_v, wants_low, wants_high, _, wants_inverse = ctx.needs_input_grad
-    change = torch.where(below, low.to(wide)[at] - scores, 0.0)
-    change = torch.where(above, high.to(wide)[at] - scores, change)
+    change = torch.where(below, floor - scores, torch.where(above, ceiling - scores, 0.0))
     gv = g_inverse = None
     if wants_v:
         move = change @ inverse.to(wide)
-        gv = (move.mT @ g.to(wide) + g_scores.mT @ h.to(wide)).to(v.dtype)
+        given = torch.where(active, g.to(wide), 0.0)
+        gv = (move.mT @ given + g_scores.mT @ h.to(wide)).to(v.dtype)
     if wants_inverse:
         g_inverse = (change.mT @ g_move).to(inverse.dtype)
-    g_low = _by_request(g_change * below, at, low) if wants_low else None
-    g_high = _by_request(g_change * above, at, high) if wants_high else None
+    g_low = sum_by_request(torch.where(below, g_change, 0.0), row, low) if wants_low else None
+    g_high = sum_by_request(torch.where(above, g_change, 0.0), row, high) if wants_high else None
     return gh, gv, g_low, g_high, None, g_inverse
 
 
-def _by_request(gradient: Tensor, at: Tensor, bounds: Tensor) -> Tensor:
-    total = torch.zeros(bounds.shape, dtype=gradient.dtype, device=gradient.device)
-    return total.index_add(0, at, gradient).to(bounds.dtype)
+def _of_rows(bounds: Tensor, row: Tensor, wide: torch.dtype) -> Tensor:
+    """The bounds of each row's request; NaN, which no score passes, for a row without one."""
+    n_requests, n_vec = bounds.shape
+    none = bounds.new_full((1, n_vec), torch.nan)
+    request = torch.where((row >= 0) & (row < n_requests), row, n_requests).long()
+    return torch.cat([bounds, none]).to(wide).index_select(0, request)
 
 
 def keep_norm(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -78,10 +85,6 @@ def norm(ctx: Context, gy: Tensor, g: Tensor, gs: Tensor) -> tuple[Any, ...]:
     g_total = (g_moved + gs.to(wide) @ v.to(wide)).to(x.dtype)
     wants = ctx.needs_input_grad
     g_weight = (given * scaled).sum(0).to(weight.dtype) if wants[2] else None
-    g_delta = None
-    if wants[4]:
-        active = (row >= 0) & (row < delta.shape[0])
-        at = row.clamp(0, max(delta.shape[0] - 1, 0)).long()
-        g_delta = _by_request(g_moved * active[:, None], at, delta)
+    g_delta = sum_by_request(g_moved, row, delta) if wants[4] else None
     gv = (gs.to(wide).mT @ (x + residual).to(wide)).to(v.dtype) if wants[6] else None
     return g_total, g_total, g_weight, None, g_delta, None, gv, None
