@@ -26,7 +26,8 @@ def project_into(
         case "reference":
             plain.project(h, v, rows, out=out)
         case "cublas":
-            _multiply_into(out, h if rows is None else h.index_select(0, rows), v)
+            picked = h if rows is None else plain.listed(h, rows, outside=torch.nan)
+            _multiply_into(out, picked, v)
         case "triton":
             from pvcore_kernels.tiled.project import project
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvcore_kernels.reference import accumulator
+from pvcore_kernels.rows import listed
 
 Context = Any
 
@@ -43,16 +44,15 @@ def keep_project(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def project(ctx: Context, gs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     h, v, rows = ctx.saved_tensors
-    picked = h if rows is None else h.index_select(0, rows)
     gh = gv = None
     if ctx.needs_input_grad[0]:
         wide = accumulator(h.dtype)
         gh = gs.to(wide) @ v.to(wide)
         if rows is not None:
-            gh = torch.zeros_like(h, dtype=wide).index_add(0, rows.long(), gh)
+            gh = sum_by_request(gh, rows, h)
         gh = gh.to(h.dtype)
     if ctx.needs_input_grad[1]:
-        gv = _vectors(gs, picked, v)
+        gv = _vectors(gs, h if rows is None else listed(h, rows, outside=0.0), v)
     return gh, gv, None
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pvcore_kernels.reference import accumulator, exact
-from pvcore_kernels.rows import project, steer, steer_project_tokens_into
+from pvcore_kernels.rows import extremes, project, steer, steer_project_tokens_into
 
 
 def project_layers(
@@ -48,6 +48,9 @@ def intervene_into(
     `[0, 0]` ablates and `[-inf, c]` caps at `c`. `out` may be `h`; a row that nothing moves keeps
     every bit. Gives the scores before the step.
     """
+    _low, last = extremes(row, len(row))
+    if last >= len(low):
+        raise IndexError(f"A row asks for request {last} of {len(low)} with bounds.")
     scores = project(h, v)
     with exact(h.device):
         move = change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)

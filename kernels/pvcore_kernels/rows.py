@@ -19,6 +19,18 @@ BLOCK = 256
 ADD_BLOCK = 32
 
 
+def listed(
+    h: Float[Tensor, "t d_model"], rows: Int[Tensor, " n"], *, outside: float
+) -> Float[Tensor, "n d_model"]:
+    """Rows by their numbers; full of `outside` where there is no such row. Nothing syncs."""
+    n_rows, width = h.shape
+    if n_rows == 0:
+        return h.new_full((rows.shape[0], width), outside)
+    known = (rows >= 0) & (rows < n_rows)
+    picked = h.index_select(0, rows.clamp(0, n_rows - 1))
+    return torch.where(known[:, None], picked, outside)
+
+
 def project(
     h: Float[Tensor, "t d_model"],
     v: Float[Tensor, "k d_model"],
@@ -27,7 +39,10 @@ def project(
     out: Float[Tensor, "n k"] | None = None,
 ) -> Float[Tensor, "n k"]:
     """Scores `<h_t, v_k>` of all rows, or of those listed in `rows`."""
-    picked = h if rows is None else h.index_select(0, rows)
+    if rows is None:
+        picked = h
+    else:  # a GPU that meets a number out of range is lost to the process
+        picked = listed(h, rows, outside=torch.nan) if h.is_cuda else h.index_select(0, rows)
     wide = accumulator(h.dtype)
     columns = (v if v.dtype is wide else v.to(wide)).t()
     # Into memory of its own, because autocast rounds only products that it may place.
@@ -71,7 +86,7 @@ def steer_into(
     runs are short, as in decoding, the rows of `delta` are gathered.
     """
     n_rows, n_requests = row.shape[0], delta.shape[0]
-    low, high = _extremes(row, n_rows)
+    low, high = extremes(row, n_rows)
     if high >= n_requests:
         raise IndexError(f"A row asks for request {high} of {n_requests} in delta.")
     if low == high >= 0:
@@ -95,7 +110,7 @@ def steer_into(
         _add_where_active(out, delta, row)
 
 
-def _extremes(row: Int[Tensor, " t"], n_rows: int) -> tuple[int, int]:
+def extremes(row: Int[Tensor, " t"], n_rows: int) -> tuple[int, int]:
     """The lowest and the highest request; on a few rows Python's loop wins."""
     if n_rows == 1:
         request = int(row.item())

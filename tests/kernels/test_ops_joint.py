@@ -89,6 +89,18 @@ def test_a_row_without_a_request_keeps_the_sign_of_zero(n_vec, device):
     assert not torch.equal(moved, h)
 
 
+def test_a_row_that_asks_for_no_bounds_there_are_is_refused_and_nothing_written():
+    h, v, low, high, row, inverse = step_of((6, 3, 16), torch.float32, "cpu")
+    before, row = h.clone(), torch.where(row == 3, 4, row).to(torch.int32)
+    scores = torch.full((6, 3), torch.nan)
+    with pytest.raises(IndexError, match="request 4 of 4"):
+        ops.intervene_(h, v, low, high, row, inverse, scores)
+    with pytest.raises(IndexError, match="request 4 of 4"):
+        ops.intervene(h, v, low, high, row, inverse)
+    assert same_bits(h, before)
+    assert scores.isnan().all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -75,6 +75,32 @@ def test_above_the_crossover_the_product_is_torchs(launched):
     assert_close(out, h.double() + c.double() @ v.double(), torch.float32)
 
 
+@pytest.mark.parametrize("n_vec", [7, 200])
+@pytest.mark.parametrize("n_rows", [4, 0])
+def test_a_listed_row_outside_h_scores_nan_on_either_side_of_the_crossover(n_rows, n_vec):
+    h, v = residual(n_rows, 64, torch.float32), unit_rows(n_vec, 64, torch.float32)
+    listed = torch.tensor([3, 4, -1, 0], dtype=torch.int32)
+    scores = torch.zeros(4, n_vec)
+    dispatch.project_into(scores, h, v, listed)
+    assert scores[[1, 2]].isnan().all()
+    if n_rows:
+        assert_scores(scores[[0, 3]], h[[3, 0]], v)
+
+
+@pytest.mark.parametrize("n_vec", [7, 200])
+def test_gradients_of_listed_rows_leave_those_outside_h_out(n_vec, as_on_a_gpu):
+    h = residual(4, 64, torch.float32).requires_grad_()
+    v = unit_rows(n_vec, 64, torch.float32).requires_grad_()
+    listed = torch.tensor([3, 4, -1, 3], dtype=torch.int32)
+    scores = torch.ops.pvcore.project.default(h, v, listed)
+    scores[[0, 3]].square().sum().backward()
+    twin, units = h.detach().double().requires_grad_(), v.detach().double().requires_grad_()
+    (twin[[3, 3]] @ units.mT).square().sum().backward()
+    assert_close(h.grad, twin.grad, torch.float32)
+    assert_close(v.grad, units.grad, torch.float32)
+    assert h.grad[:3].abs().max() == 0
+
+
 def test_writing_in_place_askew_is_refused_and_writes_nothing():
     h, v = residual(20, 100, torch.float32), unit_rows(3, 100, torch.float32)
     before, scores = h.clone(), torch.empty(20, 3)
