@@ -73,15 +73,20 @@ def tokens(h: Tensor, v: Tensor, c: Tensor) -> None:
 
 
 def like(name: str, tensor: Tensor, wanted: Tensor) -> None:
-    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-        got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        _refuse(name, got, f"{wanted.dtype} of shape {tuple(wanted.shape)}")
+    alike = tensor.shape == wanted.shape and tensor.dtype == wanted.dtype
+    if not alike or tensor.device != wanted.device:
+        got, needed = (
+            f"{one.dtype} of shape {tuple(one.shape)} on {one.device}" for one in (tensor, wanted)
+        )
+        _refuse(name, got, needed)
 
 
 def layers(hs: Sequence[Tensor], v: Tensor) -> None:
     if not hs or v.ndim != 3 or v.shape[0] != len(hs):
         got = f"of shape {tuple(v.shape)} for {len(hs)} layers of rows"
         _refuse("v", got, "[layer, k, d_model] for at least one layer")
+    if v.device != hs[0].device:
+        _refuse("v", f"on {v.device}", f"where the rows are, on {hs[0].device}")
     for h in hs:
         project(h, v[0], None)
         like("every layer's rows", h, hs[0])

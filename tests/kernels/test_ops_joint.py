@@ -340,6 +340,14 @@ def test_a_step_by_the_gram_matrix_needs_no_second_look_at_the_rows():
         (lambda c: ops.intervene(*c[:4], c[4].long(), c[5]), "row is torch.int64"),
         (lambda c: ops.project_layers([c[0]], c[1]), "v is of shape"),
         (lambda c: ops.project_layers([c[0], c[0][:2]], c[1].expand(2, 3, 16)), "every layer's"),
+        (
+            lambda c: ops.project_layers([c[0], c[0].to("meta")], c[1].expand(2, 3, 16)),
+            "every layer's rows is .* on meta; it must be .* on cpu",
+        ),
+        (
+            lambda c: ops.project_layers([c[0], c[0]], c[1].expand(2, 3, 16).to("meta")),
+            "v is on meta; it must be where the rows are, on cpu",
+        ),
         (lambda c: ops.project_stack_out(c[0], c[1], torch.empty(6, 3)), "hs is of shape"),
         (
             lambda c: ops.project_stack_out(c[0][None], c[1][None], torch.empty(6, 3)),

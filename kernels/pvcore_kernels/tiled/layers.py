@@ -27,6 +27,14 @@ TYPES: dict[torch.dtype, Any] = {
 
 @triton.jit
 @no_type_check
+def slot_of(step_ptr, n_slots):
+    """`step % n_slots`, from 0 on; Triton's is as in C, below 0 for a step below 0."""
+    slot = tl.load(step_ptr) % n_slots
+    return tl.where(slot < 0, slot + n_slots, slot)
+
+
+@triton.jit
+@no_type_check
 def project_layers_kernel(
     source_ptr,
     v_ptr,
@@ -64,7 +72,7 @@ def project_layers_kernel(
         v = load_tile(v_ptr, v_at, columns, k_inside, D, D % BLOCK_D == 0)  # [BLOCK_K, BLOCK_D]
         scores = add_scores(scores, h, v, WIDE)
     if RING:
-        layer += (tl.load(step_ptr) % n_slots) * tl.num_programs(2)
+        layer += slot_of(step_ptr, n_slots) * tl.num_programs(2)
     scores_at = (layer * n_rows + t)[:, None] * n_vec + k[None, :]
     tl.store(scores_ptr + scores_at, scores, mask=t_inside[:, None] & k_inside[None, :])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pvcore_kernels import joint, rows
+from pvcore_kernels import dispatch_joint, joint, rows
 from pvcore_kernels.layout import aligned
 from tests.kernels.cases import (
     DTYPES,
@@ -103,3 +103,15 @@ def test_writing_in_place_askew_is_refused_and_writes_nothing():
             OPS.add_rmsnorm_steer_project_.default(x, out, *given, False, normed, torch.empty(5, 3))
     assert torch.equal(h, before)
     assert torch.equal(residuals, both)
+
+
+@pytest.mark.parametrize("step", [-1, -3, -4, 2, 5])
+def test_a_step_below_zero_counts_from_the_end_of_the_ring(step):
+    hs = torch.stack([residual(4, 64, torch.float32, seed=s) for s in range(2)])
+    v = torch.stack([unit_rows(3, 64, torch.float32, seed=s) for s in range(2)])
+    beside = torch.zeros(6, 2, 4, 3)
+    dispatch_joint.project_stack_into(beside[2:5], hs, v, torch.tensor(step))
+    written = beside.flatten(1).any(1).nonzero().flatten().tolist()
+    assert written == [2 + step % 3]
+    for layer in range(2):
+        assert_scores(beside[written[0], layer], hs[layer], v[layer])
