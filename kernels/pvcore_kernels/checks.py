@@ -72,6 +72,13 @@ def tokens(h: Tensor, v: Tensor, c: Tensor) -> None:
         _refuse("c", f"of shape {tuple(c.shape)}", "[t, k], one coefficient per row and vector")
 
 
+def apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Not for fake tensors, which lie nowhere."""
+    if tensor.numel() and tensor.data_ptr() == other.data_ptr():
+        wanted = f"a tensor of its own, for {other_name} are written before it is read"
+        _refuse(name, f"the memory of {other_name}", f"{wanted}; call .clone()")
+
+
 def like(name: str, tensor: Tensor, wanted: Tensor) -> None:
     alike = tensor.shape == wanted.shape and tensor.dtype == wanted.dtype
     if not alike or tensor.device != wanted.device:

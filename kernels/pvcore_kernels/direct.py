@@ -97,8 +97,10 @@ def _steers(h, delta, row):
 @no_type_check
 def _has_coefficients(h, v, c):
     """Whether `c` are coefficients of each row of `h` for each vector of `v`."""
+    rows, vectors = h.shape, v.shape
     return (
-        c.shape == (h.shape[0], v.shape[0])
+        len(rows) == 2 == len(vectors)
+        and c.shape == (rows[0], vectors[0])
         and c.is_cpu
         and type(c) is Tensor
         and c.dtype in _FLOATS
@@ -170,7 +172,8 @@ def steer_project_tokens(h, v, c):
 
 @no_type_check
 def steer_project_tokens_(h, v, c, scores):
-    if _is_plain(h) and _has_coefficients(h, v, c):
+    # The op refuses scores that would be written over the coefficients before these are added.
+    if _is_plain(h) and _has_coefficients(h, v, c) and c.data_ptr() != scores.data_ptr():
         if h.dtype is _FLOAT32 is c.dtype:
             if _scored(h, v, scores):
                 h.addmm_(c, v)

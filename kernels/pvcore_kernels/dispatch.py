@@ -11,6 +11,9 @@ from pvcore_kernels import rows as plain
 from pvcore_kernels.layout import empty_rows, is_aligned, require_aligned
 from pvcore_kernels.paths import path
 
+# All vectors of a row are one tile of the ops that write it: proven to fit up to here, whatever the
+# crossover, which a tuner measures on `project` alone.
+MOST_STEERED = 128
 # Up to here one program per tile of rows would read a large bank all alone; the scores are then
 # split over vectors and the add is a launch of its own.
 SPLIT_ROWS, SPLIT_VECTORS = 16, 32
@@ -93,7 +96,7 @@ def steer_project_into(
     if taken == "reference":
         plain.steer_project_into(out, scores, h, v, delta, row)
         return
-    if split or len(v) == 0 or taken != "triton":
+    if split or not 0 < len(v) <= MOST_STEERED or taken != "triton":
         project_into(scores, h, v, None)
         steer_into(out, h, delta, row)
         return
@@ -114,7 +117,7 @@ def steer_project_tokens_into(
     if taken == "reference":
         plain.steer_project_tokens_into(out, scores, h, v, c)
         return
-    if len(v) == 0 or taken != "triton":
+    if not 0 < len(v) <= MOST_STEERED or taken != "triton":
         project_into(scores, h, v, None)
         plain.add_tokens_into(out, h, v, c)
         return

@@ -50,16 +50,20 @@ def width_class(*dtypes: torch.dtype) -> Width:
 def table(name: str) -> dict[str, Any]:
     """`tuned/<name>.json`, over `tuned/default.json`, which is derived and not measured."""
     loaded: dict[str, Any] = json.loads((TUNED / "default.json").read_text())
-    own = TUNED / f"{name}.json"
-    if own.exists():
-        measured = json.loads(own.read_text())
-        loaded = {**loaded, **measured, "ops": {**loaded["ops"], **measured["ops"]}}
+    if measured(name):
+        own = json.loads((TUNED / f"{name}.json").read_text())
+        loaded = {**loaded, **own, "ops": {**loaded["ops"], **own["ops"]}}
     return loaded
+
+
+def measured(name: str) -> bool:
+    """Whether a device has a table of its own."""
+    return name != "default" and (TUNED / f"{name}.json").exists()
 
 
 @cache
 def device_table(device: torch.device) -> str:
-    """The name of the table for a device; rows on the CPU reach Triton in its interpreter only."""
+    """The name a device's own table has; rows on the CPU reach Triton in its interpreter only."""
     return slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "default"
 
 

@@ -138,6 +138,7 @@ def _tokens_in_place_fake(h: Tensor, v: Tensor, c: Tensor, scores: Tensor) -> No
 
 def _tokens_in_place(h: Tensor, v: Tensor, c: Tensor, scores: Tensor) -> None:
     _tokens_in_place_fake(h, v, c, scores)
+    checks.apart("c", c, "scores", scores)
     refuse_gradients("steer_project_tokens_", h, v, c, scores)
     dispatch.steer_project_tokens_into(h, scores, h, v, c)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from pvcore_kernels.launch import crossover, device_table
+from pvcore_kernels.launch import crossover, device_table, measured
 
 Path = Literal["reference", "triton", "cublas"]
 
@@ -36,7 +36,7 @@ def path_taken(device: torch.device, *, dtype: torch.dtype, n_vec: int) -> str:
     match path(device, dtype, n_vec):
         case "triton":
             own = device_table(device)
-            tuned = "tuned/default.json, untuned" if own == "default" else f"tuned/{own}.json"
+            tuned = f"tuned/{own}.json" if measured(own) else "tuned/default.json, untuned"
             return f"Triton ({tuned}): {n_vec} vectors of {name} on {device}"
         case "cublas":
             return f"cuBLAS and a Triton add: {n_vec} vectors are more than {crossover(device)}"

@@ -28,7 +28,7 @@ def project(
     if h.requires_grad or not paths.takes_kernels(h.device, h.dtype):
         return reference.project(h, units)
     scores: Tensor = ops().project.default(h.reshape(-1, h.shape[-1]), units)
-    return scores.view(*h.shape[:-1], -1) if h.ndim != 2 else scores
+    return scores.view(*h.shape[:-1], len(units)) if h.ndim != 2 else scores
 
 
 def project_layers(

@@ -103,7 +103,12 @@ def test_what_is_not_plain_goes_on_to_the_op(name, closed):
         with pytest.raises(Sent):
             call(name, given)
     for key in ARGUMENTS[name]:
-        for other in (lambda t: t.to("meta"), lambda t: t[None], lambda t: t.bool()):
+        for other in (
+            lambda t: t.to("meta"),
+            lambda t: t[None],
+            lambda t: t.flatten()[0],
+            lambda t: t.bool(),
+        ):
             given = operands(5, 3, 16, torch.float32)
             given[key] = other(given[key])
             with pytest.raises(Sent):

@@ -170,6 +170,11 @@ REFUSALS = {
         lambda a: ops.project_out(a[0], a[1], torch.empty(3, 6).T),
         "contiguous in its last axis",
     ),
+    "no axes": (lambda a: ops.steer_project_tokens_(a[0][0, 0], a[1], a[3], a[3]), "flatten"),
+    "scores over coefficients": (
+        lambda a: ops.steer_project_tokens_(a[0], a[1], a[3], a[3]),
+        r"c is the memory of scores; .* call .clone\(\)",
+    ),
     "score dtype": (lambda a: ops.project_out(a[0], a[1], a[3].half()), "float32"),
 }
 

@@ -62,6 +62,16 @@ def test_the_path_on_a_gpu_is_chosen_by_dtype_and_vectors(monkeypatch, dtype, n_
     assert "not installed" in paths.path_taken(cuda, dtype=dtype, n_vec=n_vec)
 
 
+def test_a_device_without_a_table_of_its_own_is_said_to_be_untuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    monkeypatch.setattr(paths, "crossover", lambda device: 128)
+    monkeypatch.setattr(paths, "device_table", lambda device: "nvidia_h200")
+    cuda = torch.device("cuda", 0)
+    for words in ("(tuned/default.json, untuned)", "(tuned/nvidia_h200.json)"):
+        assert words in paths.path_taken(cuda, dtype=torch.bfloat16, n_vec=7)
+        (tmp_path / "nvidia_h200.json").write_text("{}")
+
+
 @pytest.mark.parametrize("op", ["project", "steer", "steer_project", "steer_project_tokens"])
 @pytest.mark.parametrize("width", ["low", "wide"])
 def test_the_default_table_covers_every_class(op, width):

@@ -75,6 +75,20 @@ def test_above_the_crossover_the_product_is_torchs(launched):
     assert_close(out, h.double() + c.double() @ v.double(), torch.float32)
 
 
+def test_a_crossover_beyond_the_proven_tiles_leaves_steering_to_two_launches(monkeypatch, launched):
+    monkeypatch.setattr(dispatch, "path", lambda *_: "triton")
+    h, v, row = residual(20, 64, torch.float32), unit_rows(129, 64, torch.float32), requests(20, 3)
+    delta, c = residual(3, 64, torch.float32), residual(20, 129, torch.float32, seed=4)
+    out, scores = dispatch.moved_like(h), torch.full((20, 129), torch.nan)
+    dispatch.steer_project_into(out, scores, h, v, delta, row)
+    assert launched == ["project", "steer"]
+    assert_scores(scores, h, v)
+    dispatch.steer_project_tokens_into(out, scores.fill_(torch.nan), h, v, c)
+    assert launched == ["project", "steer", "project"]
+    assert_scores(scores, h, v)
+    assert_close(out, h.double() + c.double() @ v.double(), torch.float32)
+
+
 @pytest.mark.parametrize("n_vec", [7, 200])
 @pytest.mark.parametrize("n_rows", [4, 0])
 def test_a_listed_row_outside_h_scores_nan_on_either_side_of_the_crossover(n_rows, n_vec):
