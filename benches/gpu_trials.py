@@ -64,8 +64,11 @@ def inputs(place: Place, *, device: torch.device, seed: int = 0) -> dict[str, Te
     bounds = draw(2, 8, place.k).sort(0).values
     exact = v.to(place.bank).double()
     n_layers = LAYERS if place.op == "project_layers" else 1
+    h = draw(place.t, place.d).to(place.rows)
     return {
-        "h": draw(place.t, place.d).to(place.rows),
+        "h": h,
+        # Made beforehand: a graph that is captured cannot copy it from the host.
+        "table": layers.address_table([h] * n_layers),
         "v": v.to(place.bank),
         "banks": v.to(place.bank).expand(n_layers, -1, -1).contiguous(),
         "delta": draw(8, place.d),
@@ -91,7 +94,7 @@ LAUNCH: dict[str, Callable[[Inputs], None]] = {
         x["h"], x["v"], x["c"], x["out"], x["scores"][0]
     ),
     "project_layers": lambda x: layers.project_layers(
-        [x["h"]] * len(x["banks"]), x["banks"], x["scores"]
+        [x["h"]] * len(x["banks"]), x["banks"], x["scores"], x["table"]
     ),
     "intervene": lambda x: intervene.intervene(
         x["h"], x["v"], x["low"], x["high"], x["row"], x["gram_inverse"], x["out"], x["scores"][0]

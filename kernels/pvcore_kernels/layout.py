@@ -70,6 +70,11 @@ def block_k(n_vec: int, most: int | None = None) -> int:
     return every if most is None else min(most, every)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is launched now on the tensor's GPU goes into a graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Launch on the GPU the tensor is on; nothing for the rows of the interpreter."""
     guard: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]

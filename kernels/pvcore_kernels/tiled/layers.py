@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pvcore_kernels.launch import launch, width_class
-from pvcore_kernels.layout import aligned, block_d, block_k, on_device
+from pvcore_kernels.layout import aligned, block_d, block_k, capturing, on_device
 from pvcore_kernels.tiled.project import add_scores, load_tile
 
 TYPES: dict[torch.dtype, Any] = {
@@ -92,11 +92,17 @@ def project_layers(
     """Write the scores of each layer's rows on its own vectors into `out`, which is contiguous.
 
     `table` is `address_table(hs)` made earlier, which a captured graph cannot make.
+    RuntimeError without one while a graph is captured.
     """
     _n_layers, n_rows, n_vec = out.shape
     if n_rows == 0 or n_vec == 0:
         return
     if table is None:
+        if capturing(hs[0]):
+            raise RuntimeError(
+                "project_layers is being captured, and a graph cannot copy its table of addresses "
+                "from the host; stack the layers and call project_stack_out."
+            )
         hs = [aligned(h) for h in hs]
         if len({h.stride(0) for h in hs}) > 1:
             hs = [h.contiguous() for h in hs]

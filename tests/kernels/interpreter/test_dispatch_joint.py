@@ -5,6 +5,7 @@ import torch
 
 from pvcore_kernels import dispatch_joint, joint, rows
 from pvcore_kernels.layout import aligned
+from pvcore_kernels.tiled import layers
 from tests.kernels.cases import (
     DTYPES,
     assert_close,
@@ -115,3 +116,14 @@ def test_a_step_below_zero_counts_from_the_end_of_the_ring(step):
     assert written == [2 + step % 3]
     for layer in range(2):
         assert_scores(beside[written[0], layer], hs[layer], v[layer])
+
+
+def test_a_capture_that_cannot_make_its_table_says_what_to_call(monkeypatch):
+    hs, out = [residual(4, 64, torch.float32)] * 2, torch.full((2, 4, 3), torch.nan)
+    v = torch.stack([unit_rows(3, 64, torch.float32)] * 2)
+    monkeypatch.setattr(layers, "capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="call project_stack_out"):
+        OPS.project_layers_out.default(hs, v, out)
+    assert out.isnan().all()
+    layers.project_layers(hs, v, out, layers.address_table(hs))
+    assert_scores(out[0], hs[0], v[0])

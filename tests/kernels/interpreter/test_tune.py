@@ -11,6 +11,7 @@ from benches import gpu_trials, gpu_tune
 from benches.gpu_trials import LAUNCH, Place, candidates, error, inputs
 from pvcore_kernels import launch
 from pvcore_kernels.launch import Launch
+from pvcore_kernels.tiled import layers
 
 CPU = torch.device("cpu")
 TILE = Launch(block_t=16, block_k=16, block_d=32, num_warps=4, num_stages=2)
@@ -43,6 +44,13 @@ def test_a_launch_is_right_and_a_missing_one_is_found(
     assert error(place, x) <= 1.0
     monkeypatch.setitem(gpu_trials.LAUNCH, op, lambda _: None)
     assert error(place, x) > 1.0
+
+
+def test_a_launch_copies_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(op="project_layers", t=2, k=3, rows=torch.float32, bank=torch.float32, d=64)
+    x = inputs(place, device=CPU)
+    monkeypatch.setattr(layers, "capturing", lambda _: True)
+    assert error(place, x) <= 1.0  # a launch that had to make its table would refuse
 
 
 def test_the_fastest_tile_is_chosen_and_noise_is_not() -> None:
