@@ -38,7 +38,16 @@ study: $(CORE)
 report: $(CORE)
 	@$(BIN)/python -m benches.report
 
-# These two take whatever Python runs torch on the GPU: nothing is installed there.
+# These three take whatever Python runs torch on the GPU: nothing is installed there, and wheels
+# that were brought along are unpacked into a folder of their own.
+UNPACKED := $(if $(wildcard gpu-wheels/*.whl),gpu-wheels/installed)
+test-gpu bench-gpu tune-gpu: $(UNPACKED)
+
+gpu-wheels/installed: $(wildcard gpu-wheels/*.whl)
+	@rm -rf $@
+	@$(PYTHON) -m pip install --quiet --no-index --no-deps --target $@ $^
+	@touch $@
+
 test-gpu:
 	@PYTHONPATH=.:kernels $(PYTHON) -m benches.gpu_tests $(if $(wildcard gpu-wheels),--wheels gpu-wheels)
 
@@ -51,10 +60,15 @@ tune-gpu:
 	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_tune
 
 # For a GPU machine without a network that has torch, Triton and transformers: copy the folder there.
+# What pvcore and its tests import, and what that needs beyond those three.
+GPU_WHEELS := nnsight cloudpickle greenlet httpx httpcore anyio certifi h11 idna websocket-client zstandard \
+	pydantic pydantic-core annotated-types typing-inspection \
+	typer annotated-doc shellingham rich markdown-it-py mdurl pygments einops jaxtyping wadler-lindig \
+	pytest pluggy iniconfig hypothesis sortedcontainers beartype
 gpu-wheels:
 	@$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
 		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --dest gpu-wheels \
-		nnsight jaxtyping wadler-lindig beartype hypothesis sortedcontainers pytest pluggy iniconfig typer rich einops
+		-c constraints.txt $(GPU_WHEELS)
 
 # The CUDA build of torch asks for a triton of its own: where that is the build pip finds, the
 # pinned one cannot be had beside it, and the second try leaves triton to torch.

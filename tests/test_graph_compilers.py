@@ -60,6 +60,8 @@ def test_steering_a_site_is_fused_into_the_norm_that_reads_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # by inductor
 def test_cuda_graphs_replay_armed_plans() -> None:
     found = fresh("qwen2")
     found.model.hf.to("cuda")

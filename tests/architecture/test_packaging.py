@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers.utils import import_utils
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +97,41 @@ def test_a_package_named_kernels_would_break_transformers(
     result = build_a_model(tmp_path, hugging_face_kernels)
     assert result.returncode != 0
     assert "cannot import name 'CUDAProperties' from 'kernels'" in result.stderr
+
+
+# Besides typer, which older ones do without.
+WITH_TRANSFORMERS = {
+    "transformers",
+    "numpy",
+    "packaging",
+    "pyyaml",
+    "regex",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+}
+
+
+def needs(name: str) -> set[str]:
+    """What a distribution cannot do without here, itself included."""
+    found, left = set[str](), [name]
+    while left:
+        one = canonicalize_name(left.pop())
+        if one not in found:
+            found.add(one)
+            listed = map(Requirement, metadata.requires(one) or ())
+            left += [r.name for r in listed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_wheels_for_a_gpu_machine_are_all_that_it_lacks() -> None:
+    written = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^GPU_WHEELS := (.*)$", written, re.MULTILINE)
+    taken = {canonicalize_name(name) for name in line.split()}
+    there = needs("torch") | needs("triton") | needs("huggingface-hub") | WITH_TRANSFORMERS
+    wanted = set[str]().union(*map(needs, taken))
+    assert {"pydantic-core", "greenlet", "mdurl"} <= wanted - there
+    assert wanted - there <= taken
 
 
 def build_wheel(root: Path, out: Path) -> set[str]:
