@@ -10,6 +10,7 @@ from torch import Tensor
 from pvcore_kernels import rows as plain
 from pvcore_kernels.layout import empty_rows, is_aligned, require_aligned
 from pvcore_kernels.paths import path
+from pvcore_kernels.reference import precise
 
 # All vectors of a row are one tile of the ops that write it: proven to fit up to here, whatever the
 # crossover, which a tuner measures on `project` alone.
@@ -44,7 +45,8 @@ def _multiply_into(
     if h.dtype == v.dtype and h.dtype != torch.float32:
         torch.mm(h, v.mT, out_dtype=torch.float32, out=out)
     else:
-        torch.mm(h.float(), v.float().mT, out=out)
+        with precise(h.device):
+            torch.mm(h.float(), v.float().mT, out=out)
 
 
 def segment_mean(

@@ -9,7 +9,7 @@ from torch import Tensor
 from pvcore_kernels import dispatch, joint
 from pvcore_kernels.layout import aligned_stack, require_aligned
 from pvcore_kernels.paths import path
-from pvcore_kernels.reference import exact
+from pvcore_kernels.reference import exact, precise
 
 # Wider banks spill registers in the fused step, and in the norm their sums would be all it does.
 MOST_STEP_VECTORS, MOST_NORM_VECTORS = 32, 8
@@ -81,7 +81,7 @@ def intervene_into(
         scores.copy_(joint.intervene_into(out, h, v, low, high, row, gram_inverse))
     elif len(v) > MOST_STEP_VECTORS:
         dispatch.project_into(scores, h, v, None)
-        with exact(h.device):
+        with precise(h.device):
             move = joint.change_within(scores, low, high, row) @ gram_inverse.to(scores.dtype)
         dispatch.steer_project_tokens_into(out, torch.empty_like(scores), h, v, move)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvcore_kernels.reference import accumulator
+from pvcore_kernels.reference import accumulator, precise
 from pvcore_kernels.rows import listed
 
 Context = Any
@@ -22,7 +22,8 @@ def _ops() -> Any:
 
 def _vectors(gs: Tensor, h: Tensor, v: Tensor) -> Tensor:
     wide = accumulator(h.dtype)
-    return (gs.to(wide).mT @ h.to(wide)).to(v.dtype)
+    with precise(h.device):
+        return (gs.to(wide).mT @ h.to(wide)).to(v.dtype)
 
 
 def sum_by_request(moved: Tensor, row: Tensor, delta: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def project(ctx: Context, gs: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     gh = gv = None
     if ctx.needs_input_grad[0]:
         wide = accumulator(h.dtype)
-        gh = gs.to(wide) @ v.to(wide)
+        with precise(h.device):
+            gh = gs.to(wide) @ v.to(wide)
         if rows is not None:
             gh = sum_by_request(gh, rows, h)
         gh = gh.to(h.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvcore_kernels.gradients import sum_by_request
-from pvcore_kernels.reference import accumulator
+from pvcore_kernels.reference import accumulator, precise
 
 Context = Any
 
@@ -22,10 +22,11 @@ def keep_layers(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def layers(ctx: Context, gs: Tensor) -> tuple[list[Tensor], Tensor | None]:
     v, *hs = ctx.saved_tensors
-    wide = torch.bmm(gs, v.to(gs.dtype))
     gv = None
-    if ctx.needs_input_grad[1]:
-        gv = torch.bmm(gs.mT, torch.stack(hs).to(gs.dtype)).to(v.dtype)
+    with precise(v.device):
+        wide = torch.bmm(gs, v.to(gs.dtype))
+        if ctx.needs_input_grad[1]:
+            gv = torch.bmm(gs.mT, torch.stack(hs).to(gs.dtype)).to(v.dtype)
     return [one.to(h.dtype) for one, h in zip(wide.unbind(0), hs, strict=True)], gv
 
 
@@ -34,6 +35,11 @@ def keep_intervene(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def intervene(ctx: Context, g: Tensor, gs: Tensor) -> tuple[Tensor | None, ...]:
+    with precise(g.device):
+        return _intervene(ctx, g, gs)
+
+
+def _intervene(ctx: Context, g: Tensor, gs: Tensor) -> tuple[Tensor | None, ...]:
     h, v, low, high, row, inverse = ctx.saved_tensors
     ops, wide = torch.ops.pvcore, accumulator(h.dtype)
     active = ((row >= 0) & (row < low.shape[0]))[:, None]
@@ -75,6 +81,11 @@ def keep_norm(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def norm(ctx: Context, gy: Tensor, g: Tensor, gs: Tensor) -> tuple[Any, ...]:
+    with precise(g.device):
+        return _norm(ctx, gy, g, gs)
+
+
+def _norm(ctx: Context, gy: Tensor, g: Tensor, gs: Tensor) -> tuple[Any, ...]:
     x, residual, weight, delta, row, v, moved = ctx.saved_tensors
     wide = accumulator(x.dtype)
     rows, given = moved.to(wide), gy.to(wide)

@@ -6,8 +6,8 @@ is `h' = h + b U`. What a later step sees is `s + b G` with the Gram matrix `G =
 read once. Arithmetic is float32, or float64 for float64 rows, and `h'` is rounded once.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -82,6 +82,37 @@ def exact(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return _EXACT
     return torch.autocast(device.type, enabled=False)
+
+
+# Before torch 2.9 there was one flag; it may not be read once the newer one was set.
+_TF32 = torch.backends.cuda.matmul
+_FLAG, _ALLOWED, _FORBIDDEN = (
+    ("fp32_precision", "tf32", "ieee")
+    if hasattr(_TF32, "fp32_precision")
+    else ("allow_tf32", True, False)
+)
+
+
+@no_type_check
+def precise(device: torch.device) -> AbstractContextManager[object]:
+    """Like `exact`, and without the TF32 that a process may allow its products on CUDA."""
+    if device.type != "cuda" or getattr(_TF32, _FLAG) != _ALLOWED:
+        return exact(device)
+    return _without_tf32(device)
+
+
+@no_type_check
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    setattr(_TF32, _FLAG, _FORBIDDEN)
+    try:
+        with exact(device):
+            yield
+    finally:
+        if _FLAG == "fp32_precision":
+            setattr(_TF32, _FLAG, "none")  # it may have been inherited, and then goes on to be
+        if getattr(_TF32, _FLAG) != _ALLOWED:
+            setattr(_TF32, _FLAG, _ALLOWED)
 
 
 def project(

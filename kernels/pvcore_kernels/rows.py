@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pvcore_kernels.reference import accumulator
+from pvcore_kernels.reference import accumulator, precise
 
 # Up to here a walk over the rows is cheaper than asking torch whether they are all alike.
 FEW = 32
@@ -176,8 +176,8 @@ def add_tokens_into(
     step = len(h) if h.dtype is wide else BLOCK
     for start in range(0, len(h), max(step, 1)):
         block = slice(start, start + step)
-        # In place, because autocast rounds only products that it may place.
-        moved = h[block].to(wide, copy=True).addmm_(coefficients[block], vectors)
+        with precise(h.device):
+            moved = torch.addmm(h[block].to(wide), coefficients[block], vectors)
         out[block] = torch.where(moving[block], moved.to(h.dtype), h[block])
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pvcore_kernels import ops
+from pvcore_kernels import gradients_joint, ops
 from tests.kernels.cases import residual, unit_rows
+from tests.kernels.products import Products
 
 WIDE = torch.float64
 NOBODY = torch.full((3,), -1, dtype=torch.int32)
@@ -63,6 +64,26 @@ def test_a_row_of_nan_that_rests_reaches_no_delta():
     (grad,) = torch.autograd.grad(y[:2].square().sum() + 0 * y.nan_to_num().sum(), delta)
     assert grad.isfinite().all()
     assert (grad.abs().sum(1) > 0).all()
+
+
+def test_no_product_of_a_backward_may_be_rounded(monkeypatch):
+    h, v, low, high, row, inverse = (
+        one.float() if one.is_floating_point() else one for one in operands()
+    )
+    given = [one.requires_grad_() for one in (h, v, low, high, inverse)]
+    delta, weight = residual(2, 8, torch.float32, seed=3), torch.ones(8)
+    made = {
+        "intervene": ops.intervene(h, v, low, high, row, inverse),
+        "layers": (ops.project_layers([h, h], torch.stack([v, v])),),
+        "norm": ops.add_rmsnorm_steer_project(h, h, weight, 1e-6, delta, row, v),
+    }
+    for name, outputs in made.items():
+        total = sum(one.square().sum() for one in outputs)
+        with Products(monkeypatch, gradients_joint) as products:
+            torch.autograd.grad(total, given, allow_unused=True)
+        inner = [within for product, within in products.seen]
+        assert len(inner) >= 2, name
+        assert all(inner), (name, products.seen)
 
 
 def test_without_a_request_gradients_pass():

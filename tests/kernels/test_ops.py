@@ -55,6 +55,25 @@ def test_project_matches_float64(shape, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_vec", [128, 300])
+def test_no_score_is_rounded_where_a_process_allows_tf32(n_vec, device):
+    h, v, _delta, _row, c = given_rows((300, n_vec, 1024), torch.float32, device)
+    torch.set_float32_matmul_precision("high")
+    try:
+        moved, scores = ops.steer_project_tokens(h, v, c)
+        leaves = h.clone().requires_grad_(), v.clone().requires_grad_()
+        got = torch.autograd.grad(ops.project(*leaves).square().sum(), leaves)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_scores(scores, h, v)
+    assert_close(moved, h.cpu().double() + c.cpu().double() @ v.cpu().double(), torch.float32)
+    rows, units = h.cpu().double().requires_grad_(), v.cpu().double().requires_grad_()
+    wanted = torch.autograd.grad((rows @ units.T).square().sum(), (rows, units))
+    for one, exact in zip(got, wanted, strict=True):
+        assert (one.cpu().double() - exact).norm() <= 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pvcore_kernels as kernels
+from pvcore_kernels import reference
 
 # Rounding once costs half an ulp; the rest is the float32 sum over d_model (measured 2e-7).
 TOLERANCE = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -181,3 +182,49 @@ def test_a_gate_is_a_constant_for_gradients():
     kernels.intervene(rows, units, units @ units.mT, [ablate]).sum().backward()
     assert rows.grad is not None
     assert rows.grad.tolist() == [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+
+
+CUDA, SETTINGS = torch.device("cuda"), torch.backends
+
+
+@pytest.fixture
+def _restored():
+    """The precisions of the process, as they are before anybody sets one."""
+    before = SETTINGS.fp32_precision, SETTINGS.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    SETTINGS.fp32_precision, SETTINGS.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_restored")
+@pytest.mark.parametrize("way", ["its own", "inherited", "of the older flag"])
+def test_tf32_is_forbidden_within_and_allowed_again_after(way):
+    matmul = SETTINGS.cuda.matmul
+    if way == "its own":
+        matmul.fp32_precision = "tf32"
+    elif way == "inherited":
+        SETTINGS.fp32_precision, matmul.fp32_precision = "tf32", "none"
+    else:
+        torch.set_float32_matmul_precision("high")
+    assert matmul.fp32_precision == "tf32"
+    with reference.precise(CUDA), reference.precise(CUDA):
+        assert matmul.fp32_precision == "ieee"
+    with pytest.raises(KeyError), reference.precise(CUDA):
+        raise KeyError
+    assert matmul.fp32_precision == "tf32"
+    if way == "of the older flag":
+        assert torch.get_float32_matmul_precision() == "high"
+    if way == "inherited":
+        SETTINGS.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+
+
+def test_what_is_precise_is_exact_too():
+    a = torch.randn(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        with reference.precise(a.device):
+            assert (a @ a).dtype == torch.float32
+    before = SETTINGS.cuda.matmul.fp32_precision
+    with reference.precise(CUDA):
+        assert SETTINGS.cuda.matmul.fp32_precision == before

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pvcore_kernels import dispatch, rows
+from pvcore_kernels import dispatch, dispatch_joint, rows
 from tests.kernels.cases import DTYPES, assert_close, assert_scores, requests, residual, unit_rows
+from tests.kernels.products import Products
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,16 @@ def test_gradients_of_listed_rows_leave_those_outside_h_out(n_vec, as_on_a_gpu):
     assert_close(h.grad, twin.grad, torch.float32)
     assert_close(v.grad, units.grad, torch.float32)
     assert h.grad[:3].abs().max() == 0
+
+
+def test_no_product_above_the_crossover_may_be_rounded(monkeypatch, as_on_a_gpu):
+    h, v, row = residual(20, 64, torch.float32), unit_rows(200, 64, torch.float32), requests(20, 1)
+    nought, inverse = torch.zeros(1, 200), torch.eye(200)
+    out, scores = dispatch.moved_like(h), torch.empty(20, 200)
+    with Products(monkeypatch, dispatch, dispatch_joint, rows) as products:
+        dispatch_joint.intervene_into(out, scores, h, v, nought, nought, row, inverse)
+    assert [within for _, within in products.seen] == [True] * 4  # scores twice, a move, an add
+    assert not torch.equal(out, h)
 
 
 def test_writing_in_place_askew_is_refused_and_writes_nothing():
