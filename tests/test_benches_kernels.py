@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from benches import gpu_kernels, gpu_tests, gpu_workload, kernels, record
 from benches.gpu_workload import Ceilings, Point, binds, floor_us, points, rotations
 from benches.kernels_by_hand import Operands
+from pvcore_kernels import ops
 
 NO_GPU_HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="another version: a GPU is here")
 
@@ -37,6 +39,26 @@ def test_inputs_are_rotated_until_the_cache_is_cold() -> None:
         assert count >= 2
         assert count * point.steered >= min(gpu_workload.COLD * cache, 2 * point.steered)
     assert len(list(points())) == 50
+
+
+def test_every_way_a_call_can_go_is_checked_before_it_is_timed() -> None:
+    checked = gpu_kernels._checked()
+    for width in gpu_workload.WIDTHS:
+        there = [point for point in checked if point.d == width]
+        assert max(point.k for point in there) == max(gpu_workload.VECTORS)
+        assert max(point.t for point in there) >= 8192
+        assert {(p.t, p.k) for p in there} >= set(product((1, 32, 256), (1, 7, 32, 128)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiler_is_given_does_what_the_op_does(dtype: torch.dtype) -> None:
+    found, twin = (Operands.of(8, 3, 64, dtype, requests="mixed") for _ in range(2))
+    v = found.v.to(dtype)
+    gpu_kernels.steer_and_project(found.h, v, found.delta, found.row, found.scores)
+    moved, scores = ops.steer_project(twin.h, v, twin.delta, twin.row)
+    assert torch.equal(found.h, moved)
+    assert torch.allclose(found.scores, scores.to(dtype).float(), atol=0.02, rtol=0.02)
+    assert not torch.equal(found.h, Operands.of(8, 3, 64, dtype, requests="mixed").h)
 
 
 @NO_GPU_HERE
