@@ -161,6 +161,23 @@ def test_nothing_in_gives_nothing_out(dtype, device):
     assert ops.segment_mean(h, bounds).shape == (0, 64)
 
 
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("n_vec", [7, 200])
+def test_a_listed_row_outside_h_costs_no_gpu(n_vec, dtype):
+    h, v = residual(4, 64, dtype).cuda().requires_grad_(), unit_rows(n_vec, 64, dtype).cuda()
+    listed = torch.tensor([3, 4, -1, 0], dtype=torch.int32, device="cuda")
+    scores = ops.project(h, v.requires_grad_(), listed)
+    assert scores[[1, 2]].isnan().all()
+    scores[[0, 3]].sum().backward()
+    torch.cuda.synchronize()
+    whole = v.detach().double().sum(0)
+    for row, wanted in zip(h.grad.double(), (whole, 0 * whole, 0 * whole, whole), strict=True):
+        assert (row - wanted).norm() <= 4e-3 * whole.norm()
+    assert (v.grad[0].double() - (h[0] + h[3]).double()).norm() <= 8e-3 * h.double().norm()
+
+
 @settings(max_examples=200)
 @given(
     n_rows=st.integers(1, 40),
