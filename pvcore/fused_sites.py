@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from pvcore.frames import Frame
-from pvcore.hooks import Post, Pre, Tapped
+from pvcore.hooks import NO_BACKWARD, RECORDED, Post, Pre, Tapped
 from pvcore.programs import Shift, SiteProgram
 from pvcore.rms_norms import RmsNorm
 from pvcore.runs import Run
@@ -24,6 +24,7 @@ from pvcore.sites import resid_post
 from pvcore_kernels.routes import ops
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_current_backward = torch._C._current_graph_task_id
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.maybe_current_level
 _tracing = torch._C._get_tracing_state
@@ -111,14 +112,18 @@ class FusedSite:
             block.training
             or torch.is_grad_enabled()
             or is_changed(block, taps=self.taps)
-            or self.taps.recomputes.runs
-            or (run is not None and (run.ended or run.frame.recorded))
+            or _current_backward() != NO_BACKWARD
+            or (run.ended or run.frame.recorded if run else self._is_recorded())
             or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
             or _tracing()
             or _modes()
             or _transform() is not None
             or torch._C._is_any_autocast_enabled()
         )
+
+    def _is_recorded(self) -> bool:
+        """Whether autograd records the forward with nothing armed, in which patches are known."""
+        return bool(self.taps.recomputes.runs) and RECORDED.get()
 
     def add(self, x: Late, residual: Any, under: Under) -> Tensor | None:
         """The block's output, made by the op; None where an ordinary sum has to make it."""
