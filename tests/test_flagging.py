@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -509,6 +510,32 @@ def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:
     assert (lost["row"], lost["field"]) == (1, "resid_post.0")
     assert "infinite" in lost["reason"]
     assert {row for _, row in table(flags)} == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"difference": "exact"}, {"difference": "subset", "share": 1}]
+)
+def test_an_own_reply_with_infinite_projections_rejects_its_row(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    hooked = model()
+    with torch.no_grad():
+        hooked.hf.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("z")] = torch.inf
+    rows = [{"prompt": "a", "answer": text} for text in ("yes", "no", "so", "zoo")]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    own = [
+        {"source": path.as_posix(), "row": at, "reply": text}
+        for at, text in enumerate(("well", "zoo", "yes", "zoo"))
+    ]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    flags = pv.flag(hooked, path, bank(), out=tmp_path / "out", replies=replies, **settings)
+    lost = {row["row"]: (row["field"], row["reason"]) for row in flags.rejected()}
+    assert lost.keys() == {1, 3}
+    assert lost[1][0] == "difference"
+    assert "own reply cannot be scored: got an infinite or NaN projection" in lost[1][1]
+    assert lost[3][0] == "resid_post.0"  # the row's own reply comes first
+    assert {at for _, at in table(flags)} == {0, 2}
+    assert all(np.isfinite(row).all() for row in scores(flags).values())
 
 
 def test_the_manifest_is_the_same_twice_and_holds_no_date(
