@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.files import sync_folder
+from pvcore.flag_json import json_line
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import RowDefect
 from pvcore.flag_sources import Source
@@ -133,15 +133,11 @@ def _lines(source: Source, sieve: _Sieve, origin: Origin) -> Generator[bytes, No
         if isinstance(raw.content, RowDefect):
             sieve.rejected += 1
         elif sieve.keeps(raw.row):
-            line = raw.content if isinstance(raw.content, bytes) else _json_line(raw.content)
+            line = raw.content
+            if not isinstance(line, bytes):
+                line = json_line(line, f"{source.name}: row {raw.row}")
             yield line if line.endswith(b"\n") else line + b"\n"
     origin.check_rows(source, witness)
-
-
-def _json_line(record: Any) -> bytes:
-    if isinstance(record, Mapping):
-        record = dict(record)
-    return json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace")
 
 
 def _csv_line(cells: Sequence[bytes]) -> bytes:
