@@ -16,6 +16,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from pvcore.errors import SourceError
 from pvcore.flag_rows import KEYS, RowDefect
 from pvcore.flag_tables import csv_rows, parquet_rows
@@ -76,6 +78,7 @@ class Source:
         while True:
             try:
                 row, record = next(rows)
+                record = _own(record)
             except StopIteration:
                 return
             except Exception as error:
@@ -129,6 +132,18 @@ def decode(content: Any) -> Any:
         raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
+
+
+def _own(value: Any) -> Any:
+    """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
+
+    Arrays of objects, as pandas makes of lists, become lists.
+    """
+    if isinstance(value, dict):
+        return {name: _own(held) for name, held in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    return [_own(held) for held in value] if isinstance(value, list) else value
 
 
 def resolve(sources: Sources) -> list[Source]:

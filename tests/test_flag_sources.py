@@ -281,6 +281,43 @@ def test_an_iterable_that_raises_is_one_error_that_says_where() -> None:
         records(broken())
 
 
+def test_a_record_that_is_filled_again_and_again_gives_rows_of_their_own() -> None:
+    def reused() -> Any:
+        held: dict[str, Any] = {"messages": [{}, {}], "n": -1}
+        for number, chat in enumerate(chats(9)):
+            held["n"] = number
+            for message, wanted in zip(held["messages"], chat, strict=True):
+                message.update(wanted)
+            yield held
+
+    found = records(reused())
+    assert [conversation(record, Form()) for record in found] == chats(9)
+    assert [record["n"] for record in found] == list(range(9))
+
+
+def test_records_of_pandas_are_read_as_the_table_they_come_from(tmp_path: Path) -> None:
+    tool = {"role": "user", "content": "Q", "tool_calls": ["a", "b"]}
+    rows = [{"messages": chat} for chat in chats(9)] + [{"messages": [tool, tool]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    frame = pandas.read_parquet(tmp_path / "d.parquet")
+    *sound, odd = records(frame.to_dict("records"))
+    assert [conversation(record, Form()) for record in sound] == chats(9)
+    with pytest.raises(RowDefect, match=r"messages\[0\]\.tool_calls: got more than text"):
+        conversation(odd, Form())
+    parts = [
+        {
+            "messages": [
+                {**one, "content": [{"type": "text", "text": one["content"]}]} for one in chat
+            ]
+        }
+        for chat in chats(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(parts), tmp_path / "parts.parquet")
+    frame = pandas.read_parquet(tmp_path / "parts.parquet")
+    found = records(frame.to_dict("records"))
+    assert [conversation(record, Form()) for record in found] == chats(3)
+
+
 def test_no_file_stays_open(tmp_path: Path) -> None:
     paths = [WRITERS[ending](tmp_path / f"d{ending}", PAIRS) for ending in WRITERS]
     (tmp_path / "e.csv.gz").write_bytes(gzip.compress((tmp_path / "d.csv").read_bytes()))
