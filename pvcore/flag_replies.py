@@ -10,7 +10,8 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,14 +26,8 @@ from pvcore.flag_sources import Source, decode
 from pvcore.flag_tokens import Sample
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
+from pvcore.plain_generation import plain_settings
 
-# A model's generation config may bend greedy replies too.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 
 
@@ -54,32 +49,54 @@ def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
 class GeneratedReplies:
     """Greedy replies of the model, kept in a file for each shard that only grows.
 
-    `mark` is the fingerprint of the scan, which holds that of the weights.
+    `mark` is the fingerprint of the scan, which holds that of the weights. No reply goes past the
+    model's positions, `max_length` of them: prompts near that end have shorter ones.
     """
 
     def __init__(
-        self, model: HookedModel, folder: Path, *, mark: str, max_new_tokens: int, batch_size: int
+        self,
+        model: HookedModel,
+        folder: Path,
+        *,
+        mark: str,
+        max_new_tokens: int,
+        batch_size: int,
+        max_length: int | None = None,
     ) -> None:
         self._model, self._folder, self._mark = model, folder / REPLIES, mark
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
+        self._max_length = max_length
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
         path = self._folder / f"part-{shard:06d}.jsonl"
         known = _kept(path)
         missing = [one for one in samples if self._name(one) not in known]
-        # Prompts of one length together: less padding, and the same batches on every machine.
-        missing.sort(key=lambda one: one.prompt_length)
-        for first in range(0, len(missing), self._batch_size):
-            batch = missing[first : first + self._batch_size]
+        for room, batch in self._batches(missing):
             # The ids that were scored: a template may print another date by now.
             prompts = [
                 torch.from_numpy(one.ids[: one.prompt_length].astype(np.int64)) for one in batch
             ]
-            texts = self._model.generate(prompts, **GREEDY, max_new_tokens=self._max_new_tokens)
+            texts = self._model.generate(prompts, **plain_settings(self._model.hf, 0, room))
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
             _keep(path, made)
             known |= made
         return [known[self._name(one)] for one in samples]
+
+    def _batches(self, samples: Iterable[Sample]) -> Iterator[tuple[int, list[Sample]]]:
+        """Batches, and how many tokens a reply in each may have; no row's depends on another."""
+        # Prompts of one length together: less padding, and the same batches on every machine.
+        ordered = sorted(samples, key=lambda one: one.prompt_length)
+        for room, alike in groupby(ordered, key=self._room):
+            rows = list(alike)
+            for first in range(0, len(rows), self._batch_size):
+                yield room, rows[first : first + self._batch_size]
+
+    def _room(self, sample: Sample) -> int:
+        """A token at least: where an own reply would stand, the sample holds one of the data."""
+        if self._max_length is None:
+            return self._max_new_tokens
+        around = sample.prompt_length + len(sample.ids) - sample.reply[1]
+        return min(self._max_new_tokens, self._max_length - around)
 
     def _name(self, sample: Sample) -> str:
         """Another for another prompt, model or scan: rows of a data set may have changed since."""

@@ -195,6 +195,7 @@ class Scan:
             mark=self.mark,
             max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.settings.reply_batch,
+            max_length=self.reading.max_length,
         )
 
     def shards(

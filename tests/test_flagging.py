@@ -287,17 +287,56 @@ def test_shards_know_the_weights_where_the_manifest_is_lost(
     assert scores(pv.flag(hooked, data, bank(), out=out)) == wanted
 
 
-def test_own_replies_are_greedy_whatever_the_generation_config_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(20, 60))},
+        {"bad_words_ids": [[token] for token in range(20, 60)]},
+        {"sequence_bias": [[[token], 50.0] for token in range(60, 62)]},
+        {"min_new_tokens": 8, "eos_token_id": list(range(20, 60))},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_own_replies_are_greedy_whatever_the_generation_config_says(
+    tmp_path: Path, own: dict[str, Any]
+) -> None:
     rows = [{"messages": chat} for chat in ROWS[:6]]
     settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 8}
-    wanted = scores(pv.flag(model(), rows, bank(), out=tmp_path / "plain", **settings))
-    bent = model()
-    bent.hf.generation_config.repetition_penalty = 9.0
-    bent.hf.generation_config.no_repeat_ngram_size = 1
+    plain, bent = model(), model()
+    ends = own.get("eos_token_id")  # which are the model's own in both, for replies end there
+    plain.hf.generation_config.eos_token_id = ends
+    bent.hf.generation_config.update(**own)
+    wanted = scores(pv.flag(plain, rows, bank(), out=tmp_path / "plain", **settings))
     prompts = [chat[:-1] for chat in ROWS[:6]]
     told = {"do_sample": False, "max_new_tokens": 8}
-    assert bent.generate(prompts, **told) != model().generate(prompts, **told)
+    assert bent.generate(prompts, **told) != plain.generate(prompts, **told)
     assert scores(pv.flag(bent, rows, bank(), out=tmp_path / "bent", **settings)) == wanted
+
+
+def test_own_replies_keep_to_the_positions_that_a_model_has_learned(tmp_path: Path) -> None:
+    plain, template = build("opt"), tokenizer()
+    hooked = pv.HookedModel(build("opt"), tokenizer(), model_id="tiny/opt")
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 64}
+    short = [{"prompt": f"ask {at}?", "response": "yes"} for at in range(3)]
+    long = [{"prompt": "ab " * 30, "response": "yes"}, {"prompt": "cd " * 28, "response": "no"}]
+    flags = pv.flag(hooked, [*short, *long], bank(), out=tmp_path / "all", **settings)
+    assert flags.scored == 5
+    alone = pv.flag(hooked, long[:1], bank(), out=tmp_path / "alone", **settings)
+    assert furthest({3: scores(flags)["rows", 3]}, {3: scores(alone)["rows", 0]}) <= 1e-5
+    chat = [{"role": "user", "content": long[0]["prompt"]}]
+    ids = template.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    begun = len(ids)
+    after = len(template("<|im_end|>\n", add_special_tokens=False)["input_ids"])
+    assert begun + 64 > 128
+    while len(ids) + after < 128:
+        with torch.no_grad():
+            ids = [*ids, int(plain(torch.tensor([ids])).logits[0, -1].argmax())]
+    own = template.decode(ids[begun:], skip_special_tokens=True)
+    (kept,) = (tmp_path / "alone/replies").glob("*.jsonl")
+    assert list(json.loads(kept.read_text()).values()) == [own]
+    assert len(own) > 5
 
 
 def test_own_replies_may_come_from_a_file_in_any_order(
