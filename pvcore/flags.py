@@ -1,7 +1,7 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.fingerprints import of_weights
 from pvcore.flag_estimates import Running
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
@@ -65,6 +66,7 @@ class Flags(Scanned):
         self.origin = Origin(manifest)
         self._sources = _resolved(sources)
         self.origin.check_names(self._sources or ())
+        _check_scored_by(manifest["asked"], model, bank)
         self._model, self._bank = model, bank
         self._datasets: dict[str, DatasetFlags] | None = None
 
@@ -88,7 +90,10 @@ class Flags(Scanned):
         model: "HookedModel | None" = None,
         bank: VectorBank | None = None,
     ) -> "Flags":
-        """A scan finished earlier. Text needs the `sources`, coloured tokens the model too."""
+        """A scan finished earlier. Text needs the `sources`, coloured tokens the model too.
+
+        A model or bank other than those that scored is refused.
+        """
         return cls(folder, sources=sources, model=model, bank=bank)
 
     def __repr__(self) -> str:
@@ -259,6 +264,27 @@ class Flags(Scanned):
         from pvcore.flag_report import page
 
         report.write(page(self, site or self.site, top, self._model, self._bank), Path(path))
+
+
+def _check_scored_by(
+    asked: Mapping[str, Any], model: "HookedModel | None", bank: VectorBank | None
+) -> None:
+    """Raises `FlagError` for a model or bank other than those that scored."""
+    if bank is not None:
+        sites = tuple(map(Site.parse, asked["bank"]["sites"]))
+        for trait, scored in asked["bank"]["vectors"].items():
+            held = bank[trait] if trait in bank.traits and set(sites) <= set(bank.sites) else None
+            if held is None or held.at(sites).content_hash != scored:
+                raise FlagError(
+                    f"got a bank whose {trait} at {', '.join(map(str, sites))} is not the vector "
+                    "that this scan was made with; wanted the same bank. Give it, or flag anew"
+                )
+    if model is not None and of_weights(model.hf) != asked["model"]["weights"]:
+        named = asked["model"]["id"] or "a model without a name"
+        raise FlagError(
+            f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
+            "wanted the same weights in the same type. Give it, or flag anew"
+        )
 
 
 def _resolved(sources: Any) -> tuple[Source, ...] | None:

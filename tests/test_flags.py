@@ -167,6 +167,26 @@ def test_a_vector_calibrated_on_chats_needs_no_threshold(
     assert rule.threshold == pytest.approx(np.percentile(values[:30], 95), rel=1e-4)
 
 
+def test_a_scan_is_read_with_the_bank_and_the_model_that_made_it(
+    flags: pv.Flags, hooked: pv.HookedModel
+) -> None:
+    level = {"resid_post.2": {"response_mean": {"percentiles": {"95": 0.1}}}}
+    other = replace(bank()["evil"], directions=bank()["humor"].directions, calibration=level)
+    for given in (
+        pv.VectorBank([other, bank()["humor"]]),
+        bank("evil"),
+        bank(sites=flag_data.SITES[:2]),
+        pv.VectorBank(list(bank()), layers=[1]),
+    ):
+        with pytest.raises(FlagError, match="is not the vector that this scan was made with"):
+            pv.Flags.load(flags.folder, bank=given)
+    wider = pv.VectorBank([*bank(), *bank("apathy")][::-1])
+    assert pv.Flags.load(flags.folder, bank=wider, model=model()).scored == 50
+    for subject in (model(seed=1), pv.HookedModel(model().hf.double(), hooked.tokenizer)):
+        with pytest.raises(FlagError, match=r"other than the one that scored, qwen2 in float32"):
+            pv.Flags.load(flags.folder, model=subject)
+
+
 def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
     rows = table(flags)
     order = sorted(rows, key=lambda key: -rows[key][COLUMN])
