@@ -11,6 +11,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ import torch
 
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
-from pvcore.flag_rows import IDS, RowDefect
+from pvcore.flag_rows import IDS, RowDefect, is_unicode
 from pvcore.flag_shards import REPLIES
 from pvcore.flag_sources import Source, decode
 from pvcore.flag_tokens import Sample
@@ -112,9 +113,18 @@ class RepliesOnFile:
     """
 
     def __init__(self, source: Source) -> None:
-        handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
-        os.close(handle)
+        with _room():
+            handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
+            os.close(handle)
         self._index = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            with _room():
+                self._fill(source)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self, source: Source) -> None:
         self._index.execute("CREATE TABLE replies (name TEXT PRIMARY KEY, reply TEXT)")
         self._index.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT)")
         known = frozenset((*IDS, *REPLY_NAMES, "source", "row"))
@@ -139,7 +149,8 @@ class RepliesOnFile:
         """Rows of the data as `(id, source, row)`; `FlagError` where a reply is two rows'."""
         for name, source, row in rows:
             place = f"{source}:{row}"
-            self._index.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, place))
+            with _room():
+                self._index.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, place))
             (first,) = self._index.execute("SELECT place FROM ids WHERE id = ?", (name,)).fetchone()
             if first != place and self._reply("id", name) is not None:
                 raise FlagError(
@@ -166,6 +177,18 @@ class RepliesOnFile:
         Path(self._path).unlink(missing_ok=True)
 
 
+@contextmanager
+def _room() -> Iterator[None]:
+    """`FlagError` where the index beside cannot be kept."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise FlagError(
+            f"got replies whose index cannot be kept in {tempfile.gettempdir()} ({error}); make "
+            "room there, or name another folder in TMPDIR"
+        ) from error
+
+
 def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
     try:
         record = decode(content)
@@ -181,7 +204,13 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
             f"{source.name}: row {row}: got no reply with an id; wanted `reply` and `id`, or "
             "`reply`, `source` and `row`"
         )
-    return f"place {source_name}:{at}" if by_place else f"id {given}", reply
+    name = f"place {source_name}:{at}" if by_place else f"id {given}"
+    if not is_unicode(name + reply):
+        raise SourceError(
+            f"{source.name}: row {row}: got a lone surrogate in a reply or its name; wanted "
+            "Unicode text"
+        )
+    return name, reply
 
 
 def _keep(path: Path, rows: dict[str, str]) -> None:

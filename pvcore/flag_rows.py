@@ -113,7 +113,7 @@ def row_id(record: object) -> str | None:
             value = record.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
                 value = str(value)
-            if isinstance(value, str) and value and _is_unicode(value):
+            if isinstance(value, str) and value and is_unicode(value):
                 if len(value) > LONGEST_ID:
                     raise RowDefect(
                         name, f"got {len(value)} characters; wanted at most {LONGEST_ID}"
@@ -252,7 +252,7 @@ def _text(value: object, where: str) -> str:
         value = "".join(parts)
     if not isinstance(value, str):
         raise RowDefect(where, f"got {_shown(value)}; wanted text")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise RowDefect(where, "got a lone surrogate; wanted Unicode text")
     return value
 
@@ -264,7 +264,8 @@ def _part(part: object, where: str) -> str:
     return _text(part.get("text"), f"{where}.text")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KEYS, RowDefect
+from pvcore.flag_rows import KEYS, RowDefect, is_unicode
 from pvcore.flag_tables import csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
@@ -155,6 +155,11 @@ def resolve(sources: Sources) -> list[Source]:
     if not found:
         raise SourceError("got no sources; wanted a file, a glob or a data set at least")
     names = [source.name for source in found]
+    if odd := [name for name in names if not is_unicode(name)]:
+        raise SourceError(
+            f"got {odd[0]!a}, a name that is no UTF-8; wanted one that can be written down. "
+            "Rename the file, or name it yourself: {name: path}"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SourceError(f"got {', '.join(twice)} twice; wanted each source once")

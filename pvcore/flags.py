@@ -183,6 +183,8 @@ class Flags(Scanned):
         if not isinstance(n, Integral) or n < 0:
             raise FlagError(f"got {n!r} rows to show; wanted a whole number, 0 or more")
         column = self.column(trait, site=site, score=score)
+        if not n:
+            return []
         best: list[tuple[float, int, dict[str, Any]]] = []
         sign, seen = (-1.0 if lowest else 1.0), 0
         for table in self.tables():
@@ -200,7 +202,7 @@ class Flags(Scanned):
                     continue
                 (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
             seen += table.num_rows
-        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)] if n else []
+        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)]
 
     def filter(
         self,

@@ -73,6 +73,16 @@ def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
         resolve([path, str(tmp_path / "*.jsonl")])
 
 
+def test_a_file_whose_name_cannot_be_written_needs_another(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    write_jsonl(Path(path), PAIRS)
+    for given in (path, str(tmp_path / "*.jsonl"), {"\udcff": path}):
+        with pytest.raises(SourceError, match=r"udcff.*, a name that is no UTF-8") as caught:
+            resolve(given)
+        assert str(caught.value).isascii()
+    assert records({"mine": path}) == PAIRS
+
+
 @pytest.mark.parametrize("other", ["absolute", "through a folder", "link"])
 def test_a_file_under_two_names_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sqlite3
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,34 @@ def test_own_replies_may_come_from_a_file_in_any_order(
         unit = bank()["evil"].unit().direction(pv.resid_post(1))
         wanted = row["evil/resid_post.1/response_mean"] - float(mean.float() @ unit)
         assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_replies_that_cannot_be_kept_are_one_error_and_leave_nothing(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(beside))
+
+    def refused(error: type[Exception], said: str, row: dict[str, Any]) -> None:
+        replies = write_jsonl(tmp_path / "replies.jsonl", [row])
+        with pytest.raises(error, match=said):
+            pv.flag(hooked, data, bank(), out=tmp_path / said, difference="exact", replies=replies)
+        assert not list(beside.iterdir())
+
+    said = r"replies\.jsonl: row 0: got a lone surrogate in "
+    refused(SourceError, said, {"id": "a", "reply": "b\ud800"})
+    refused(SourceError, f"{said}a reply", {"id": "a\ud800", "reply": "b"})
+    refused(SourceError, f"{said}a", {"source": "\ud800", "row": 1, "reply": "b"})
+    connect = sqlite3.connect
+
+    def small(path: str, **settings: Any) -> sqlite3.Connection:
+        made = connect(path, **settings)
+        made.execute("PRAGMA max_page_count = 6")
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    refused(FlagError, "beside.*disk is full.*make room", {"id": "a", "reply": "b" * 50_000})
 
 
 def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_path: Path) -> None:

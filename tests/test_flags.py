@@ -83,6 +83,10 @@ def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
     assert flags.site == pv.resid_post(2)
 
 
+def test_no_rows_may_be_asked_for(flags: pv.Flags) -> None:
+    assert flags.top("evil", 0) == flags.top("evil", 0, source=next(iter(flags.datasets))) == []
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
