@@ -395,5 +395,6 @@ def _is_done(folder: Path, manifest: dict[str, Any], sources: Sequence[Source]) 
     """Whether nothing is left to do. Rows of data sets are compared again, whatever is done."""
     if manifest["status"] != "complete" or any(source.path is None for source in sources):
         return False
-    wanted = manifest["totals"]["shards"]
-    return all(footer_of(folder, shard) is not None for shard in range(wanted))
+    mark = fingerprint(manifest["asked"])
+    held = (footer_of(folder, shard) for shard in range(manifest["totals"]["shards"]))
+    return all(footer is not None and footer.fingerprint == mark for footer in held)

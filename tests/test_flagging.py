@@ -125,6 +125,20 @@ def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
     assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
 
 
+def test_a_shard_of_another_scan_is_made_again(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    wanted = scores(pv.flag(hooked, data, bank(), out=tmp_path / "out", shard_rows=8))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")}
+    pv.flag(hooked, data, bank(), out=tmp_path / "other", shard_rows=8, turn="first")
+    part = "scores/part-000001.parquet"
+    (tmp_path / "out" / part).write_bytes((tmp_path / "other" / part).read_bytes())
+    with pytest.raises(FlagError, match="of another scan"):
+        pv.Flags.load(tmp_path / "out")
+    assert scores(pv.flag(hooked, data, bank(), out=tmp_path / "out", shard_rows=8)) == wanted
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")} == before
+
+
 def test_a_shard_that_a_disk_has_spoiled_is_made_again(
     hooked: pv.HookedModel, data: Path, tmp_path: Path
 ) -> None:
