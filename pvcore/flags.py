@@ -224,7 +224,7 @@ class Flags(Scanned):
         calibration. `score` is the difference unless told otherwise; of a calibration, which knows
         no difference, the `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
-        id that several rows have is refused.
+        id that several rows have, or none, is refused.
         """
         if score is None:
             calibrated = threshold is None and clean is None

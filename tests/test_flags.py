@@ -227,6 +227,20 @@ def test_a_judge_names_rows_by_number_too_and_nan_is_no_score(
     assert twice.filter("evil", threshold=0.0, judge={"11": 3}, judge_threshold=50).unjudged == 9
 
 
+def test_a_judge_of_other_rows_is_refused_and_its_threshold_is_a_number(flags: pv.Flags) -> None:
+    ids = [row["id"] for row in (*table(flags).values(), *flags.rejected())]
+    assert len(ids) == 52
+    judged = dict.fromkeys(ids, 90.0)
+    ask: dict[str, Any] = {"threshold": 1e9, "judge_threshold": 50}
+    assert flags.filter("evil", judge=judged, **ask).n_flagged == 50
+    for other in ({"nope": 90.0}, {**judged, "nope": 1.0}):
+        with pytest.raises(FlagError, match="for 1 ids that no row of this scan has, such as 'no"):
+            flags.filter("evil", judge=other, **ask)
+    for bound in (float("nan"), float("inf")):
+        with pytest.raises(FlagError, match=r"judge_threshold (nan|inf); wanted a finite"):
+            flags.filter("evil", judge=judged, **{**ask, "judge_threshold": bound})
+
+
 def test_a_clean_scan_must_be_scored_alike(
     flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
