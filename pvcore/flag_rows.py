@@ -64,7 +64,7 @@ class Form:
     """How rows are read. `prompt` and `answer` name columns of one's own; "" looks for known ones.
 
     `turn`: which reply is scored, the last one or, as in the paper's runs on chat logs, the first
-    (what follows it is left away).
+    to a user's turn (what follows it is left away; a greeting before the user's turn is no reply).
     """
 
     prompt: str = ""
@@ -89,8 +89,7 @@ def conversation(record: object, form: Form) -> list[Message]:
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
     messages = _messages(record, form)
     if form.turn == "first":
-        ends = [at for at, one in enumerate(messages) if one["role"] == "assistant"]
-        messages = messages[: ends[0] + 1] if ends else messages
+        messages = _to_first_reply(messages)
     where = field_of(record, form)
     if messages[-1]["role"] != "assistant":
         raise RowDefect(
@@ -103,6 +102,15 @@ def conversation(record: object, form: Form) -> list[Message]:
     length = sum(len(one["content"]) for one in messages)
     if length > LONGEST_TEXT:
         raise RowDefect(where, f"got {length} characters; wanted at most {LONGEST_TEXT}")
+    return messages
+
+
+def _to_first_reply(messages: list[Message]) -> list[Message]:
+    asked = False
+    for at, one in enumerate(messages):
+        if asked and one["role"] == "assistant":
+            return messages[: at + 1]
+        asked = asked or one["role"] == "user"
     return messages
 
 
