@@ -16,6 +16,8 @@ from pvcore.flag_view import Scanned
 from pvcore.numerals import Number
 from pvcore.vectors import PersonaVector
 
+# As few neutral values as may set an alarm level: of fewer, a percentile is the highest or a guess.
+FEWEST = 20
 Combination = Literal["any", "all"]
 JudgeScores = Mapping[str, Number | None] | Mapping[int, Number | None]
 
@@ -227,6 +229,9 @@ def _percentile_of(clean: Scanned, column: str, percentile: Number) -> float:
     parts = [values[:, 0] for _, values in clean.values([column])]
     known = np.concatenate(parts) if parts else np.empty(0)
     known = known[~np.isnan(known)]
-    if not known.size:
-        raise FlagError(f"got a clean scan in which no row has {column}; wanted one at least")
+    if known.size < FEWEST:
+        raise FlagError(
+            f"got a clean scan in which {known.size} rows have {column}; wanted {FEWEST} or more "
+            "to take a percentile of. Flag more clean data, or give threshold="
+        )
     return float(np.percentile(known, percentile))

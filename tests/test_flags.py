@@ -244,7 +244,7 @@ def test_a_judge_of_other_rows_is_refused_and_its_threshold_is_a_number(flags: p
 def test_a_clean_scan_must_be_scored_alike(
     flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
-    rows = [{"messages": chat} for chat in chats(6, first=100)]
+    rows = [{"messages": chat} for chat in chats(20, first=100)]
     other = pv.VectorBank([replace(bank()["evil"], directions=bank()["humor"].directions)])
     for name, subject, stacked, settings, said in (
         ("exact", hooked, bank(), {"difference": "exact", "max_new_tokens": 2}, "difference is"),
@@ -259,6 +259,10 @@ def test_a_clean_scan_must_be_scored_alike(
             assert flags.filter("evil", clean=clean, score="response_mean").scored == 50
     alike = pv.flag(hooked, rows, bank(), out=tmp_path / "alike")
     assert flags.filter("evil", clean=alike).scored == 50
+    few = pv.flag(hooked, rows[1:], bank(), out=tmp_path / "few")
+    with pytest.raises(FlagError, match=r"in which 19 rows have .*; wanted 20 or more"):
+        flags.filter("evil", clean=few)
+    assert flags.filter("evil", clean=few, threshold=0.0).scored == 50
 
 
 @pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
