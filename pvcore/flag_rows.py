@@ -130,6 +130,16 @@ def row_id(record: object) -> str | None:
     return None
 
 
+def each_once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """An object out of JSON. Raises `RowDefect` for a name that comes twice: readers differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowDefect(twice[:LONGEST_SHOWN], "got this name twice in one object; wanted it once")
+    return made
+
+
 def field_of(record: Mapping[object, object], form: Form) -> str:
     """The field of a sound row that holds the reply."""
     if form.answer:
@@ -165,7 +175,7 @@ def _from_list(value: object, name: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         # A table's cell can hold a list only as text.
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=each_once)
         except (ValueError, RecursionError):
             raise RowDefect(
                 name, f"got {_shown(value)}, which is no JSON; wanted a list of messages"

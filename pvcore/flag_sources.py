@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KEYS, RowDefect, is_unicode
+from pvcore.flag_rows import KEYS, RowDefect, each_once, is_unicode
 from pvcore.flag_tables import csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
@@ -127,7 +127,7 @@ def decode(content: Any) -> Any:
     if not isinstance(content, bytes):
         return content
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=each_once)
     except UnicodeDecodeError as error:
         raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
     except (ValueError, RecursionError) as error:

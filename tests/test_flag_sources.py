@@ -123,6 +123,9 @@ def test_a_cell_may_hold_messages_as_json(tmp_path: Path) -> None:
     assert [conversation(record, Form()) for record in sound] == chats(5)
     with pytest.raises(RowDefect, match="no JSON; wanted a list of messages"):
         conversation(broken, Form())
+    twice = rows[0]["messages"].replace('"role"', '"role": "system", "role"')
+    with pytest.raises(RowDefect, match="role: got this name twice"):
+        conversation({"messages": twice}, Form())
 
 
 def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
