@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import pvcore as pv
+from pvcore import flag_sources
 from pvcore.errors import FlagError
 from tests import flag_data
 from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
@@ -352,6 +354,73 @@ def test_a_cleaned_csv_keeps_every_line_break_in_a_cell(
     assert kept == [row for at, row in enumerate(rows) if (path.as_posix(), at) not in found]
     again = pv.flag(hooked, made.path, bank("evil"), out=tmp_path / "again")
     assert (again.scored, again.n_rejected) == (len(kept), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_what_is_kept_of_a_text_file_keeps_its_bytes(
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+    packed: bool,
+) -> None:
+    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 300)
+    if ending == "csv":
+        head = [b'\xef\xbb\xbf"prompt",response,"a\nnote"\r\n']
+        rows = [b'"Is it %d?", "yes",\r\n' % at for at in range(6)]
+        rows[1:1] = [b"caf\xe9\n"]
+        rows[4:4] = [b'"a ""misfit""\r",b,c,d\r']
+        rows += [b"last,one,"]
+        bad, content = {1, 4}, b"\r\n\n".join([*head, *rows])
+    else:
+        head, rows = [], [json.dumps(as_pair(chat)).encode() + b" \r\n" for chat in chats(6)]
+        rows[2:2] = [b'{"prompt": "' + b"x" * 1000 + b'"}\n', b"\xff\n"]
+        rows += [json.dumps({"prompt": "last", "response": "one"}).encode()]
+        bad, content = {2, 3}, b"".join(rows)
+    path = tmp_path / (f"d.{ending}.gz" if packed else f"d.{ending}")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    flags = pv.flag(hooked, path, bank("evil"), out=tmp_path / "out", shard_rows=4)
+    assert {row["row"] for row in flags.rejected()} == bad
+    found = flags.filter("evil", threshold=flags.top("evil", 3)[-1].score)
+    flagged = {at for at in range(len(rows)) if (path.as_posix(), at) in found}
+    assert len(flagged) == 2
+    for keep in (True, False):
+        left_out = flagged if keep else flagged | bad
+        (made,) = found.write_clean(tmp_path / f"clean{keep}", keep_rejected=keep).values()
+        data = made.path.read_bytes()
+        kept = [row for at, row in enumerate(rows) if at not in left_out]
+        assert (gzip.decompress(data) if packed else data) == b"".join([*head, *kept])
+        assert (made.kept, made.flagged) == (len(kept), 2)
+        assert made.rejected == (0 if keep else 2)
+
+
+def test_a_parquet_file_of_any_types_is_copied_or_one_error(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [as_pair(chat) for chat in chats(9)]
+    columns = {name: [pair[name] for pair in pairs] for name in ("prompt", "response")}
+    views = {name: pa.array(held, pa.string_view()) for name, held in columns.items()}
+    whole = pa.table({**views, "tag": pa.array(["a", "b", "c"] * 3).dictionary_encode()})
+    path = tmp_path / "d.parquet"
+    pq.write_table(whole, path, row_group_size=4)
+    flags = pv.flag(hooked, path, bank("evil"), out=tmp_path / "out")
+    assert flags.scored == 9
+    found = flags.filter("evil", threshold=flags.top("evil", 4)[-1].score)
+    (made,) = found.write_clean(tmp_path / "clean").values()
+    copy = pq.read_table(made.path)
+    kept = [at for at in range(9) if (path.as_posix(), at) not in found]
+    assert copy.to_pylist() == [whole.to_pylist()[at] for at in kept]
+    assert len(kept) == 6
+    assert copy.schema == pq.read_table(path).schema
+
+    def broken(*_: Any) -> Any:
+        raise pa.ArrowNotImplementedError("no such type")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", broken)
+    with pytest.raises(FlagError, match=r"cannot be copied .no such type"):
+        found.write_clean(tmp_path / "again")
+    assert not list((tmp_path / "again").iterdir())
 
 
 def read_back(path: Path) -> list[dict[str, Any]]:
