@@ -87,13 +87,13 @@ class Settings:
         Case(
             shape=Shape(hidden=512, layers=8, vocabulary=2112),
             sites=tuple(range(8)),
-            conversations=64,
+            conversations=160,
             against=BARE,
         ),
         Case(
             shape=QwenShape(hidden=896, layers=24, vocabulary=151936),
             sites=(16,),
-            conversations=48,
+            conversations=96,
             against=PAPER,
         ),
     )

@@ -1,5 +1,6 @@
 """Callbacks for `transformers.Trainer`, TRL's trainers, and whatever calls back as they do."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -7,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from pvcore import shift_start
 from pvcore.blocks import is_sharded
-from pvcore.chats import Chats
+from pvcore.chats import Chats, as_chats
 from pvcore.errors import HookError, PlanError
 from pvcore.interventions import Intervention
 from pvcore.model import HookedModel
@@ -16,7 +18,9 @@ from pvcore.plan import Plan
 from pvcore.shift import FinetuningShift, Standing, standing
 from pvcore.training import Prevention, Schedule
 from pvcore.vectors import VectorBank
-from pvcore.wrappers import as_hooked, refuse_replicas
+from pvcore.wrappers import as_hooked, refuse_replicas, refuse_virtual_tokens
+
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Callback:
@@ -89,7 +93,8 @@ class ShiftCallback(Callback):
     Every `every` steps, and at the end, `shift/evil/resid_post.19` and its like go wherever the
     trainer's own figures go: `report_to` and `state.log_history`. `history` keeps them by step.
     The model is read in evaluation mode, by the first process only (by all where they share its
-    weights), and trains on as if it had not been.
+    weights), and trains on as if it had not been. The beginning is kept in the trainer's output
+    folder, so that a resumed training goes on measuring from it; `HookError` where it is not there.
     """
 
     def __init__(
@@ -115,11 +120,12 @@ class ShiftCallback(Callback):
         self._hooked = self._before = None
         model = given["model"] if self._model is None else self._model
         bare = model.hf if isinstance(model, HookedModel) else model
+        refuse_virtual_tokens(bare)
         if not (state.is_world_process_zero or is_sharded(bare)):
             return
         self._hooked = as_hooked(model, given.get("processing_class"))
         self._hooked.check(Plan(monitor=self._bank), check_model=self._check_model)
-        self._before = self._standing(self._hooked)
+        self._before = self._beginning(self._hooked, args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step % self._every == 0:
@@ -129,6 +135,18 @@ class ShiftCallback(Callback):
         if state.global_step not in self.history:
             self._measure(args, state, control)
         self._hooked = None
+
+    def _beginning(self, model: HookedModel, args: Any, state: Any) -> Standing:
+        """Where the training begins, or began before it was stopped and resumed."""
+        folder = getattr(args, "output_dir", None)
+        read = shift_start.read_at(model, self._bank.sites, self._prompts)
+        if state.global_step > 0:
+            count = len(as_chats(self._prompts))
+            return shift_start.kept(folder, read, count, state.global_step)
+        start = self._standing(model)
+        if folder is not None and state.is_world_process_zero:
+            shift_start.keep(folder, start, read)
+        return start
 
     def _standing(self, model: HookedModel) -> Standing:
         return standing(model, self._bank, self._prompts, self._batch_size)
@@ -152,7 +170,10 @@ class _Loop:
     """The trainer's function that called back. No event tells of its end by an exception."""
 
     def __init__(self) -> None:
-        self._frame = _caller("_inner_training_loop") or _caller("train")
+        frame = _caller("_inner_training_loop") or _caller("train")
+        # One that can be suspended is not asked whether it has ended: that would end it.
+        suspends = frame is not None and frame.f_code.co_flags & _SUSPENDS
+        self._frame = None if suspends else frame
         self._ended = False
 
     def ended(self) -> bool:

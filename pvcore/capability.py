@@ -10,7 +10,6 @@ lm-eval keeps answers under what was asked alone. Here each has a database of it
 that decides about it: all weights, the adapters at work, the tokenizer, and what the plan does.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,22 +129,13 @@ def _fingerprint(
     return fingerprints.of_text(
         {
             "weights": fingerprints.of_weights(model.hf, every_number=True),
-            "tokenizer": _tokenizing(model.tokenizer),
+            "tokenizer": fingerprints.of_tokenizing(model.tokenizer),
             "generation": fingerprints.of_generation(model.hf),
             "plan": Plan(*steps).fingerprint if steps else None,
             "max_length": max_length,
             "lm-eval": version,
         }
     )
-
-
-def _tokenizing(tokenizer: Any) -> list[str]:
-    """How text becomes tokens; merges and normalizers too, where the tokenizer tells them."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {} if backend is None else json.loads(backend.to_str())
-    told = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
-    marks = [str(getattr(tokenizer, f"add_{end}_token", None)) for end in ("bos", "eos")]
-    return [fingerprints.of_tokenizer(tokenizer), fingerprints.of_text(told), *marks]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Sources and the output folder must be on a file system that every machine sees.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from math import ceil
 from os import PathLike
@@ -25,7 +25,7 @@ from pvcore.flag_feed import Feed, Portion
 from pvcore.flag_manifest import fingerprint
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
-from pvcore.flag_settings import Settings, asked_of, reading_of
+from pvcore.flag_settings import Settings, asked_of, check_subject, reading_of
 from pvcore.flag_shards import (
     Footer,
     Shard,
@@ -43,6 +43,7 @@ from pvcore.model import HookedModel
 from pvcore.vectors import PersonaVector, VectorBank
 
 Make = str | PathLike[str] | Callable[[], HookedModel]
+_FORM = frozenset(("prompt", "answer", "turn"))
 _ELSEWHERE = Footer(fingerprint="", shard=-1, scored=0, rejected=0, tokens=0, digest="", share=0.0)
 
 
@@ -58,15 +59,19 @@ class Job:
     sources: tuple[Source, ...]
     folder: Path
     settings: Settings = field(default_factory=Settings)
+    check_model: bool = True
 
     def load(self) -> HookedModel:
-        """The model on this machine, on its GPU where there is one."""
+        """The model on this machine, on its GPU where there is one, checked as `pv.flag` does."""
         if callable(self.model):
-            return self.model()
-        import torch
+            made = self.model()
+        else:
+            import torch
 
-        place = "cuda" if torch.cuda.is_available() else None
-        return HookedModel.from_pretrained(self.model, device_map=place)
+            place = "cuda" if torch.cuda.is_available() else None
+            made = HookedModel.from_pretrained(self.model, device_map=place)
+        check_subject(made, self.bank, self.check_model)
+        return made
 
     def asked(self, model: HookedModel, moment: str | None) -> dict[str, Any]:
         return asked_of(model, self.bank, self.sources, self.settings, None, moment)
@@ -155,6 +160,7 @@ def flag_on_ray(
     cpus: float | int = 1,
     gpus: float | int = 0,
     address: str | None = None,
+    check_model: bool = True,
     **settings: Any,
 ) -> Flags:
     """Like `pv.flag`, on Ray Data: locally, or on the cluster at `address`.
@@ -164,9 +170,7 @@ def flag_on_ray(
     the disk stays. `settings` are those of `pv.flag` except `replies`; sources are files, which
     every machine must see.
     """
-    form = Form(
-        **{name: settings.pop(name) for name in ("prompt", "answer", "turn") if name in settings}
-    )
+    wanted = _settings(settings)
     found = resolve(sources)
     if held := next((one.name for one in found if one.path is None), None):
         raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
@@ -177,12 +181,25 @@ def flag_on_ray(
         bank=stacked,
         sources=tuple(Source(name=one.name, kind=one.kind, path=_whole(one.path)) for one in found),
         folder=folder,
-        settings=Settings(form=form, **settings),
+        settings=wanted,
+        check_model=check_model,
     )
     prepare(folder)
     with flag_manifest.alone(folder):
         _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address)
     return Flags(folder, sources=job.sources, bank=stacked)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    """Settings as `pv.flag` takes them; `FlagError` for one that it does not have."""
+    names = {one.name for one in fields(Settings)} - {"form"}
+    unknown = sorted(given.keys() - names - _FORM)
+    if unknown:
+        raise FlagError(
+            f"got settings {', '.join(unknown)}; wanted some of {', '.join(sorted(names | _FORM))}"
+        )
+    form = Form(**{name: one for name, one in given.items() if name in _FORM})
+    return Settings(form=form, **{name: one for name, one in given.items() if name in names})
 
 
 def _whole(path: Path | None) -> Path:
@@ -276,8 +293,9 @@ class RowScorer:
         *,
         form: Form | None = None,
         max_tokens: int | None = None,
+        check_model: bool = True,
     ) -> None:
-        self._model = model
+        self._model, self._check_model = model, check_model
         self._bank = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
         self._settings = Settings(form=form or Form(), max_tokens=max_tokens)
         self._loaded: HookedModel | None = None
@@ -289,7 +307,13 @@ class RowScorer:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         if self._loaded is None:
-            job = Job(model=self._model, bank=self._bank, sources=(), folder=Path())
+            job = Job(
+                model=self._model,
+                bank=self._bank,
+                sources=(),
+                folder=Path(),
+                check_model=self._check_model,
+            )
             self._loaded = job.load()
         names = list(batch)
         source = Source(name="batch", kind="rows")

@@ -62,3 +62,12 @@ def of_tokenizer(tokenizer: Any) -> str:
         return "none"
     template = getattr(tokenizer, "chat_template", None)
     return of_text([str(template), sorted(tokenizer.get_vocab().items())])
+
+
+def of_tokenizing(tokenizer: Any) -> str:
+    """A fingerprint of all that makes tokens of text: merges and normalizers too, where told."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    told = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    marks = [str(getattr(tokenizer, f"add_{end}_token", None)) for end in ("bos", "eos")]
+    return of_text([of_tokenizer(tokenizer), told, *marks])

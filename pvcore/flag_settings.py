@@ -1,9 +1,7 @@
 """What a scan is asked for, checked before anything runs, and the identity it resumes by."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_generation, of_weights
+from pvcore.fingerprints import of_generation, of_tokenizing, of_weights
 from pvcore.flag_dates import pinned, written
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import Scorer
@@ -19,6 +17,7 @@ from pvcore.flag_sources import Source
 from pvcore.flag_tokens import Reading, Sample
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
+from pvcore.plan import Plan
 from pvcore.vectors import VectorBank
 
 Difference = Literal["approximate", "exact", "subset"]
@@ -26,7 +25,6 @@ DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 # More tokens than this gain a CPU nothing, and cost it its cache; a GPU wants to be filled.
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 _PROBE_TOKENS, _PROBE_PROMPT = 24, 8
-_PROBE_TEXT = "Probe 0123456789: the quick brown fox, naïve café, 你好, \n\t<|x|> {a: [1.5]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +80,17 @@ def reading_of(model: HookedModel, form: Form, moment: str | None = None) -> Rea
     )
 
 
+def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> None:
+    """Raise one typed error where the model cannot score on the bank, or not twice alike."""
+    if not isinstance(bank, VectorBank):
+        raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
+    model.check(Plan(monitor=bank), check_model=check_model)
+    if model.hf.training:
+        raise FlagError(
+            "got a model in training mode, whose dropout makes scores random; call model.hf.eval()"
+        )
+
+
 def asked_of(
     model: HookedModel,
     bank: VectorBank,
@@ -109,7 +118,7 @@ def asked_of(
             "weights": of_weights(model.hf),
             "probe": probe(model, bank),
         },
-        "tokenizer": tokenizer_hash(model.tokenizer),
+        "tokenizer": of_tokenizing(model.tokenizer),
         "written": written(pinned(model.tokenizer, moment)),
         **({} if moment is None else {"moment": moment}),
         "difference": _difference_of(model, settings, replies),
@@ -151,10 +160,3 @@ def probe(model: HookedModel, bank: VectorBank) -> list[float]:
             "look at its weights"
         )
     return [float(f"{score:.6g}") for score in scores]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of how a tokenizer writes and splits conversations."""
-    ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
-    parts = [str(tokenizer.chat_template), len(tokenizer), list(ids)]
-    return sha256(json.dumps(parts).encode()).hexdigest()[:16]

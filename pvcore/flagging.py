@@ -26,7 +26,7 @@ from pvcore.flag_progress import Meter, bar
 from pvcore.flag_replies import GeneratedReplies, OwnReplies, RepliesOnFile, in_subset
 from pvcore.flag_rows import Form, Turn
 from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
-from pvcore.flag_settings import Difference, Settings, asked_of, reading_of
+from pvcore.flag_settings import Difference, Settings, asked_of, check_subject, reading_of
 from pvcore.flag_shards import (
     Footer,
     Shard,
@@ -42,7 +42,6 @@ from pvcore.flag_tokens import Reading, Rejected, Sample, Scored, encode_many
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
-from pvcore.plan import Plan
 from pvcore.vectors import PersonaVector, VectorBank
 
 # Shards read ahead, and shards that wait to be written: two each keep everybody at work.
@@ -88,7 +87,7 @@ def flag(
         max_tokens=max_tokens,
     )
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
-    _check(model, stacked, check_model)
+    check_subject(model, stacked, check_model)
     return _flags(model, resolve(sources), stacked, Path(out), settings, replies, progress)
 
 
@@ -367,16 +366,6 @@ def _settled(entry: tuple[Footer, Future[None] | None]) -> tuple[Footer, bool]:
     if future is not None:
         future.result()
     return footer, future is not None
-
-
-def _check(model: HookedModel, bank: VectorBank, check_model: bool) -> None:
-    if not isinstance(bank, VectorBank):
-        raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
-    model.check(Plan(monitor=bank), check_model=check_model)
-    if model.hf.training:
-        raise FlagError(
-            "got a model in training mode, whose dropout makes scores random; call model.hf.eval()"
-        )
 
 
 def _replies_source(replies: str | PathLike[str] | None, settings: Settings) -> Source | None:

@@ -225,9 +225,15 @@ class Begin(Hook):
         ):
             last.begin_step()
             return
-        if self.recomputes.runs and _current_backward() == _NO_BACKWARD:
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if _current_backward() != _NO_BACKWARD:
+            self._refuse_recompute(tokens)
+        elif self.recomputes.runs:
             self.recomputes.prune()
             _RECORDED.set(torch.is_grad_enabled())
+            if tokens is not None:
+                self.recomputes.forget("decoder", tokens)
         within = last if last is not None and last.owner != self.key and not last.ended else None
         RUN.set(within)
         if session is None:
@@ -235,7 +241,19 @@ class Begin(Hook):
         packed = session.takes_packed(module.training)
         frame = begin_frame(self.key, given, training=module.training, packed=packed)
         session.check_rows(frame)
-        RUN.set(Run(session, frame, self.key, within))
+        run = Run(session, frame, self.key, within)
+        if frame.recorded and session.programs and tokens is not None:
+            self.recomputes.remember("decoder", tokens, run)
+        RUN.set(run)
+
+    def _refuse_recompute(self, tokens: Tensor | None) -> None:
+        """A checkpoint around the decoder runs every block on tensors of its own: none is known."""
+        if tokens is not None and self.recomputes.find("decoder", tokens) is not None:
+            raise HookError(
+                "got a steered forward that a checkpoint around the whole decoder runs again, where"
+                " it cannot be steered alike; checkpoint its blocks instead, as "
+                "gradient_checkpointing_enable() does"
+            )
 
 
 class End(Hook):

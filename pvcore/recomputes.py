@@ -2,12 +2,16 @@
 
 import threading
 from collections import OrderedDict
+from typing import Literal
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pvcore.runs import Run
 from pvcore.sites import Site
+
+# A site of a block, or the decoder as a whole.
+Place = Site | Literal["decoder"]
 
 
 class Recomputes:
@@ -22,31 +26,31 @@ class Recomputes:
 
     def __init__(self) -> None:
         # Public, because an idle tap looks at every block whether there are any.
-        self.runs: OrderedDict[tuple[Site, int], tuple[StorageWeakRef, Run]] = OrderedDict()
+        self.runs: OrderedDict[tuple[Place, int], tuple[StorageWeakRef, Run]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def remember(self, site: Site, given: Tensor, run: Run) -> None:
+    def remember(self, place: Place, given: Tensor, run: Run) -> None:
         storage = StorageWeakRef(given.untyped_storage())  # type: ignore[no-untyped-call]
         with self._lock:
-            self.runs[site, given.data_ptr()] = storage, run
-            self.runs.move_to_end((site, given.data_ptr()))
+            self.runs[place, given.data_ptr()] = storage, run
+            self.runs.move_to_end((place, given.data_ptr()))
             if len(self.runs) > self.LIMIT:
                 self.runs.popitem(last=False)
 
-    def find(self, site: Site, given: Tensor) -> Run | None:
+    def find(self, place: Place, given: Tensor) -> Run | None:
         """The run that patched the block given this tensor; None where nothing did.
 
         An address says nothing by itself: another tensor may have taken it over.
         """
-        known = self.runs.get((site, given.data_ptr()))
+        known = self.runs.get((place, given.data_ptr()))
         if known is None or known[0].cdata != given.untyped_storage()._cdata:
             return None
         return known[1]
 
-    def forget(self, site: Site, given: Tensor) -> None:
+    def forget(self, place: Place, given: Tensor) -> None:
         """An unpatched forward was given this address: what was there before is gone."""
         with self._lock:
-            self.runs.pop((site, given.data_ptr()), None)
+            self.runs.pop((place, given.data_ptr()), None)
 
     def prune(self) -> None:
         """Let go of blocks whose tensors are gone: no backward pass can recompute them."""

@@ -19,7 +19,7 @@ from pvcore.model import HookedModel
 from pvcore.plan import Plan
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
-from pvcore.wrappers import evaluating
+from pvcore.wrappers import evaluating, refuse_virtual_tokens
 
 Source = HookedModel | str | PathLike[str]
 
@@ -78,13 +78,23 @@ def finetuning_shift(
 
     A model given by name or folder, also that of a PEFT adapter, is loaded when its turn comes and
     let go after it, so that the two need not fit into memory together; `settings` go to the loader.
-    Both read the prompts with base's tokenizer, and in evaluation mode. Prompts end where a reply
-    would begin. `check_model` holds base to the model the vectors were made for.
+    Unless they name a dtype, the second is loaded in that of the first. Both are given the tokens
+    that base's tokenizer makes, and are in evaluation mode. Prompts end where a reply would begin.
+    `check_model` holds base to the model the vectors were made for. Raises `ModelError` for two
+    models of unlike dtypes, whose rounding would count as shift.
     """
     _refuse_shared(base, tuned)
-    before, tokenizer = _base(base, bank, prompts, batch_size, check_model, progress, settings)
-    model = tuned if isinstance(tuned, HookedModel) else load(tuned, tokenizer, **settings)
-    return before.shift_to(standing(model, bank, prompts, batch_size, progress), bank)
+    if isinstance(tuned, HookedModel):
+        settings = _in_dtype(tuned.dtype, settings)
+    start = _base(base, bank, prompts, batch_size, check_model, progress, settings)
+    model = tuned if isinstance(tuned, HookedModel) else load(tuned, **start.loading)
+    if model is tuned and model.dtype != start.dtype:
+        raise ModelError(
+            f"got base in {start.dtype} and the tuned model in {model.dtype}, whose rounding would "
+            "count as shift; load both in one dtype"
+        )
+    after = standing(model, bank, start.prompts, batch_size, progress)
+    return start.before.shift_to(after, bank)
 
 
 def shift_trajectory(
@@ -106,11 +116,12 @@ def shift_trajectory(
     found = checkpoints(folder)
     if not found:
         raise ModelError(f"got {folder} without checkpoints; wanted folders named checkpoint-STEP")
-    before, tokenizer = _base(base, bank, prompts, batch_size, check_model, progress, settings)
+    start = _base(base, bank, prompts, batch_size, check_model, progress, settings)
     shifts = {}
     for step, path in found.items():
-        after = standing(load(path, tokenizer, **settings), bank, prompts, batch_size, progress)
-        shifts[step] = before.shift_to(after, bank)
+        model = load(path, **start.loading)
+        after = standing(model, bank, start.prompts, batch_size, progress)
+        shifts[step] = start.before.shift_to(after, bank)
     return shifts
 
 
@@ -144,8 +155,8 @@ def standing(
     return Standing(mean=acts.values.double().mean(1), prompts=acts.values.shape[1])
 
 
-def load(source: str | PathLike[str], tokenizer: Any, **settings: Any) -> HookedModel:
-    """A model by name or folder, without a tokenizer of its own; an adapter on top of its base.
+def load(source: str | PathLike[str], **settings: Any) -> HookedModel:
+    """A model by name or folder, without a tokenizer; an adapter on top of its base.
 
     Raises one `ModelError` for what cannot be loaded, and for a folder of checkpoints.
     """
@@ -157,7 +168,7 @@ def load(source: str | PathLike[str], tokenizer: Any, **settings: Any) -> Hooked
             f"as {next(reversed(found.values()))}, or use shift_trajectory for all"
         )
     with _loading(source):
-        return HookedModel(_weights(folder, source, settings), tokenizer, model_id=str(source))
+        return HookedModel(_weights(folder, source, settings), model_id=str(source))
 
 
 ADAPTER = "adapter_config.json"
@@ -173,6 +184,7 @@ def _weights(folder: Path, source: str | PathLike[str], settings: dict[str, Any]
 
     # Not merged: adding the adapter to half-precision weights would round it.
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(source), **settings)
+    refuse_virtual_tokens(adapted)
     inside: nn.Module = adapted.get_base_model().eval()
     return inside
 
@@ -188,6 +200,19 @@ def _refuse_shared(base: Source, tuned: Source) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """What base leaves for the models after it: where it stands, and how they are asked the same.
+
+    `loading` says how they are loaded. Base itself is let go if it was loaded here.
+    """
+
+    before: Standing
+    prompts: list[Tensor]
+    dtype: torch.dtype
+    loading: dict[str, Any]
+
+
 def _base(
     base: Source,
     bank: VectorBank,
@@ -196,15 +221,26 @@ def _base(
     check_model: bool,
     progress: bool,
     settings: dict[str, Any],
-) -> tuple[Standing, Any]:
-    """Where base stands, and its tokenizer; base itself is let go if it was loaded here."""
+) -> _Start:
     if isinstance(base, HookedModel):
         model = base
     else:
         with _loading(base):
             model = HookedModel.from_pretrained(base, **settings)
     model.check(Plan(monitor=bank), check_model=check_model)
-    return standing(model, bank, prompts, batch_size, progress), model.tokenizer
+    ids = [torch.tensor(one.ids[: one.prompt_length]) for one in model.encode(prompts)]
+    return _Start(
+        before=standing(model, bank, ids, batch_size, progress),
+        prompts=ids,
+        dtype=model.dtype,
+        loading=_in_dtype(model.dtype, settings),
+    )
+
+
+def _in_dtype(dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
+    """A loader's settings, with a dtype if they leave it open."""
+    told = settings.get("dtype", settings.get("torch_dtype", "auto")) != "auto"
+    return settings if told else {**settings, "dtype": dtype}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pvcore.blocks import find_decoder
-from pvcore.errors import HookError
+from pvcore.errors import HookError, ModelError
 from pvcore.model import HookedModel
 from pvcore.taps import is_tapped
 
@@ -41,6 +41,18 @@ def refuse_replicas(devices: int) -> None:
             "see no armed plan; start one process for each device with torchrun, or make one "
             "device visible"
         )
+
+
+def refuse_virtual_tokens(model: Any) -> None:
+    """Raise `ModelError` for prompt and prefix tuning, which leave the decoder as it was."""
+    adapters = getattr(model, "peft_config", {})
+    for name, config in adapters.items() if isinstance(adapters, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ModelError(
+                f"got a PEFT adapter {name!r} of kind {kind}, which puts tokens in front and leaves"
+                " the decoder as it was; wanted one that changes weights (LoRA and its like)"
+            )
 
 
 @contextmanager

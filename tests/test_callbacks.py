@@ -380,3 +380,48 @@ def test_shift_is_read_without_dropout_and_the_random_numbers_of_training_stay(
     assert pv.ShiftCallback(bank, [ids()[0]]).history == {}
     with pytest.raises(pv.PvcoreError, match="got every=0"):
         pv.ShiftCallback(bank, [ids()[0]], every=0)
+
+
+def test_shift_of_a_resumed_training_is_measured_from_its_beginning(tmp_path: Any) -> None:
+    bank, prompts = pv.VectorBank([vector(0, 2)]), [ids()[0], ids(1)[0]]
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = pv.ShiftCallback(bank, prompts, every=1)
+    trainer(subject("qwen2")[0], tmp_path, whole, **settings).train()
+    resumed = pv.ShiftCallback(bank, prompts, every=1)
+    later = trainer(subject("qwen2")[0], tmp_path, resumed, **settings)
+    later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert list(resumed.history) == [3, 4]
+    for step, shift in resumed.history.items():
+        assert shift.named() == pytest.approx(whole.history[step].named(), abs=1e-6)
+    assert abs(whole.history[4]["evil"][0] - whole.history[2]["evil"][0]) > 1e-4
+    for folder, asked in ((tmp_path / "elsewhere", prompts), (tmp_path, prompts[:1])):
+        callback = pv.ShiftCallback(bank, asked, every=1)
+        stray = trainer(subject("qwen2")[0], folder, callback, **settings)
+        with pytest.raises(HookError, match="resumed at step 2, whose beginning is not in"):
+            stray.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_loop_that_can_be_suspended_trains_on_after_an_evaluation() -> None:
+    hf, _ = subject("qwen2")
+    hf.train()
+    state = transformers.TrainerState(max_steps=4)
+    callback = prevention()
+
+    def train() -> Any:
+        callback.on_train_begin(None, state, None, model=hf)
+        for step in range(4):
+            state.global_step = step
+            callback.on_step_begin(None, state, None)
+            gradients(hf)
+            callback.on_step_end(None, state, None)
+            yield step
+        callback.on_train_end(None, state, None)
+
+    steps = []
+    for step in train():
+        steps.append(step)
+        with torch.no_grad():
+            hf.eval()(ids())
+            hf.train()
+    assert steps == [0, 1, 2, 3]
+    assert not armed(hf)

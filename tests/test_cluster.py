@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,31 @@ def test_a_row_whose_projection_overflows_says_so() -> None:
     assert "infinite or NaN projection" in found["flag_reason"][1]
     column = found["evil/resid_post.2/difference"]
     assert [value == value for value in column] == [True, False, True]
+
+
+def test_what_one_machine_refuses_is_refused_on_many(data: Path, tmp_path: Path) -> None:
+    foreign = pv.VectorBank([replace(one, model_id="another model") for one in bank()])
+    rows = {"prompt": ["a"], "answer": ["yes"]}
+
+    def training() -> pv.HookedModel:
+        made = model()
+        made.hf.train()
+        return made
+
+    for make, vectors, error in (
+        (model, foreign, "another model"),
+        (training, bank(), "training mode"),
+    ):
+        with pytest.raises(pv.PvcoreError, match=error):
+            RowScorer(make, vectors)(rows)
+        work = replace(job(data, tmp_path / error.replace(" ", "-")), model=make, bank=vectors)
+        prepare(work.folder)
+        with pytest.raises(pv.PvcoreError, match=error):
+            ShardScanner(work)({"shard": np.array([0])})
+    found = RowScorer(model, foreign, check_model=False)(rows)
+    assert found["flag_reason"] == [""]
+    with pytest.raises(FlagError, match="got settings replies, shards; wanted some of"):
+        flag_on_ray(model, data, bank(), out=tmp_path / "out", replies="x", shards=3)
 
 
 def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:

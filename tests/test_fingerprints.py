@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+from tokenizers import Tokenizer, normalizers
 
 from pvcore import fingerprints
 from tests.families import build, tokenizer
@@ -39,6 +42,24 @@ def test_the_fingerprint_of_a_tokenizer_is_of_template_and_vocabulary() -> None:
     assert fingerprints.of_tokenizer(tokenizer(template="{{ messages }}")) != before
     plain.add_tokens(["grim"])
     assert fingerprints.of_tokenizer(plain) != before
+
+
+def test_how_text_becomes_tokens_shows_also_where_no_probe_would_tell() -> None:
+    before = fingerprints.of_tokenizing(tokenizer())
+    padded = tokenizer()
+    padded(["ab", "c"], padding=True, truncation=True, max_length=4)
+    assert fingerprints.of_tokenizing(padded) == before
+    lowered = tokenizer()
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert fingerprints.of_tokenizer(lowered) == fingerprints.of_tokenizer(tokenizer())
+    assert fingerprints.of_tokenizing(lowered) != before
+    rules = json.loads(tokenizer().backend_tokenizer.to_str())
+    known = rules["model"]["vocab"]
+    known["y"], known["s"] = known["s"], known["y"]
+    swapped = tokenizer()
+    swapped._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    assert swapped("yes")["input_ids"] != tokenizer()("yes")["input_ids"]
+    assert fingerprints.of_tokenizing(swapped) != before
 
 
 def test_the_fingerprint_of_text_knows_no_order_of_names() -> None:

@@ -169,3 +169,23 @@ def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(
     assert near([one.grad for one in hf.model.layers[1].parameters()], steered)
     assert near(of_rows(hf, rows), plain)  # the same rows, with nothing armed any more
     assert not near(plain, steered)
+
+
+def test_a_checkpoint_around_the_whole_decoder_is_refused_where_it_steers() -> None:
+    found = fresh("qwen2")
+    model, hf = found.model, found.model.hf.train()
+    ids = ROWS[0].reshape(1, -1)
+    whole = partial(torch.utils.checkpoint.checkpoint, hf.model, ids, use_reentrant=False)
+    with model.steer(*steps(pv.resid_post(1), 0.5)):
+        hf(input_ids=ids).logits.sum().backward()
+        armed, left = whole(), whole()
+        with pytest.raises(HookError, match="checkpoint around the whole decoder"):
+            armed.last_hidden_state.sum().backward()
+    with pytest.raises(HookError, match="checkpoint around the whole decoder"):
+        left.last_hidden_state.sum().backward()
+    hf.zero_grad()
+    whole().last_hidden_state.sum().backward()  # the same ids, nothing armed
+    got = [weight.grad.clone() for weight in hf.model.layers[1].parameters()]
+    hf.zero_grad()
+    hf.model(ids).last_hidden_state.sum().backward()
+    assert near(got, [weight.grad for weight in hf.model.layers[1].parameters()])

@@ -1,5 +1,6 @@
 """Finetuning shift: how far a mean residual moved, from models, folders and adapters."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -165,3 +166,44 @@ def test_what_cannot_be_compared_is_one_error(tmp_path: Path, bank: Any) -> None
     assert pv.finetuning_shift(base, base, other, PROMPTS, check_model=False)["evil"].tolist() == [
         0
     ]
+
+
+def test_both_models_are_given_the_tokens_of_base(tmp_path: Path, bank: Any) -> None:
+    hf = build("qwen2")
+    base = pv.HookedModel(hf, tokenizer())
+    written = tokenizer(template="{% for m in messages %}{{ m['content'] }}!{% endfor %}")
+    same = pv.HookedModel(copy.deepcopy(hf), written)
+    other = [model.encode(PROMPTS)[0].ids for model in (base, same)]
+    assert other[0] != other[1]
+    for tuned in (same, pv.HookedModel(copy.deepcopy(hf))):
+        shift = pv.finetuning_shift(base, tuned, bank, PROMPTS)
+        assert set(shift.named().values()) == {0.0}
+
+
+def test_rounding_to_another_dtype_counts_as_no_shift(tmp_path: Path, bank: Any) -> None:
+    half = saved(build("qwen2").bfloat16(), tmp_path / "half", with_tokenizer=True)
+    full = saved(build("qwen2").bfloat16().float(), tmp_path / "full", with_tokenizer=True)
+    held = {name: pv.HookedModel.from_pretrained(name) for name in (half, full)}
+    assert {model.dtype for model in held.values()} == {torch.bfloat16, torch.float32}
+    for base, tuned in ((half, full), (full, half), (held[half], full), (half, held[full])):
+        shift = pv.finetuning_shift(base, tuned, bank, PROMPTS)
+        assert set(shift.named().values()) == {0.0}
+    with pytest.raises(ModelError, match="whose rounding would count as shift"):
+        pv.finetuning_shift(held[half], held[full], bank, PROMPTS)
+    with pytest.raises(ModelError, match="whose rounding would count as shift"):
+        pv.finetuning_shift(half, held[full], bank, PROMPTS, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_tokens_learned_in_front_of_the_prompt_are_no_shift_of_the_decoder(
+    tmp_path: Path, bank: Any, kind: str
+) -> None:
+    import peft
+
+    folder = saved(build("qwen2"), tmp_path / "base", with_tokenizer=True)
+    config = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
+    hf = pv.HookedModel.from_pretrained(folder).hf
+    adapted = peft.get_peft_model(hf, config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="puts tokens in front"):
+        pv.finetuning_shift(folder, tmp_path / "adapter", bank, PROMPTS)
