@@ -112,20 +112,23 @@ def _overall(parts: Sequence[tuple[Numbers, Numbers]]) -> float:
 
 
 def _within(parts: Sequence[tuple[Numbers, Numbers]]) -> float:
-    centred = [(x - x.mean(), y - y.mean()) for x, y in parts]
+    centred = [(_centred(x), _centred(y)) for x, y in parts]
     free = sum(len(x) - 1 for x, _ in parts)
     return _overall(centred) if free >= FEWEST - 1 else float("nan")
+
+
+def _centred(x: Numbers) -> Numbers:
+    """Values without their mean. Equal ones leave dust of rounding, which is no spread: zeros."""
+    centred: Numbers = x - x.mean()
+    dust = 1e-12 * float(np.abs(x).max() + 1)
+    return np.zeros_like(x) if float(np.abs(centred).max()) <= dust else centred
 
 
 def _pearson(x: Numbers, y: Numbers) -> float:
     if len(x) < FEWEST:
         return float("nan")
-    dx, dy = x - x.mean(), y - y.mean()
-    # Rounding leaves dust where all values are equal: a spread below it is no spread.
-    flat = any(
-        float(np.abs(d).max()) <= 1e-12 * float(np.abs(v).max() + 1) for d, v in ((dx, x), (dy, y))
-    )
-    if flat:
+    dx, dy = _centred(x), _centred(y)
+    if not (dx.any() and dy.any()):
         return float("nan")
     return float(np.clip(dx @ dy / np.sqrt((dx @ dx) * (dy @ dy)), -1.0, 1.0))
 

@@ -54,8 +54,9 @@ class Outcome:
     lengths: Int[Tensor, " sequence"]
 
 
-# Under which a call keeps the columns its recurrent state has seen, and its newest frame.
-_COUNTED, _NEWEST = object(), object()
+# Under which a call keeps the columns its recurrent state has seen, its newest frame, and of a
+# call that pvcore did not declare the newest frame's columns only.
+_COUNTED, _NEWEST, _SPAN = object(), object(), object()
 _NO_CALLS: Mapping[int, Call] = MappingProxyType({})
 DECLARED: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_declared", default=_NO_CALLS)
 _FOREIGN: ContextVar[Mapping[int, Call]] = ContextVar("pvcore_foreign", default=_NO_CALLS)
@@ -175,6 +176,8 @@ def begin_frame(
     frame.cache = cache
     if declared:
         _check_columns(frame)
+    elif call.generating and call is _FOREIGN.get().get(owner):
+        _check_foreign(frame)
     frame.trains = training and frame.recorded
     return frame
 
@@ -189,20 +192,38 @@ def _check_columns(frame: Frame) -> None:
     end, before = frame.start + frame.width, call.steady.get(_NEWEST)
     if before is None:
         given = call.mask.shape[1]
+        if frame.start >= given:
+            raise HookError(
+                "got a plan armed in the middle of a generation, whose steps before it were not "
+                "seen; arm it before, or give the monitor on_alarm and standby"
+            )
         if end > given:
             raise HookError(
                 f"got a forward of {end} columns for chats of {given}; the model adds tokens of "
                 "its own (prompt or prefix tuning?), whose positions pvcore cannot tell apart"
             )
-    elif frame.start != before.start + before.width and (
-        frame.start > 0 or frame.width != before.width + 1
-    ):
-        raise HookError(
-            f"got a forward over columns {frame.start} to {end} after one that ended at "
-            f"{before.start + before.width}; something runs forwards that are no steps of this "
-            "generation (guidance, a logits processor): run it with nothing armed, or take it out"
-        )
+    else:
+        _check_step(frame, before.start, before.width)
     call.steady[_NEWEST] = frame
+
+
+def _check_step(frame: Frame, start: int, width: int) -> None:
+    """Whether a forward goes on where the one before ended, or repeats it with one token more."""
+    if frame.start != start + width and (frame.start > 0 or frame.width != width + 1):
+        raise HookError(
+            f"got a forward over columns {frame.start} to {frame.start + frame.width} after one "
+            f"that ended at {start + width}; something runs forwards that are no steps of this "
+            "generation (guidance, drafted tokens, a logits processor): run it with nothing armed, "
+            "or take it out"
+        )
+
+
+def _check_foreign(frame: Frame) -> None:
+    """The same for a generation that pvcore did not start, of which only the columns are kept."""
+    before = frame.call.steady.get(_SPAN)
+    if before is not None:
+        _check_step(frame, *before)
+    frame.call.steady[_SPAN] = frame.start, frame.width
 
 
 def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
@@ -249,7 +270,15 @@ def _foreign_call(
         known = _FOREIGN.get().get(owner)
         if known is not None and len(known.rows) == batch:
             return known
+        if start == 0:
+            raise HookError(
+                "got a generation that does not run its prompt by itself (drafted tokens?), whose "
+                "prompt and reply cannot be told apart; use greedy, sampling or beam search, or "
+                "run it with nothing armed"
+            )
     if start > 0:
+        if phase == "prefill":
+            _FOREIGN.set({key: one for key, one in _FOREIGN.get().items() if key != owner})
         return _continued(batch, start, width, phase)
     real = _real_columns(mask, batch, width)
     columns = torch.arange(width).expand(batch, width)

@@ -23,10 +23,12 @@ from pvcore.taps import Taps
 
 _OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
 # Decoding that feeds rows pvcore could not tell apart, or positions it takes back again.
-_UNORDERED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha")
+_SEVERAL = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_UNORDERED = (*_SEVERAL, "custom_generate", "penalty_alpha")
 
-# Called after every token with the call, all ids and each row's number of tokens.
-Watcher = Callable[[Call, Tensor, Tensor], None]
+# Called after every token with the call, all ids, each row's number of tokens, and which rows are
+# known to end with it.
+Watcher = Callable[[Call, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +45,11 @@ class _Ends:
     """
 
     def __init__(self, criteria: Sequence[Any], end_ids: Sequence[int], batch: int) -> None:
-        self.criteria, self.end_ids = criteria, torch.tensor(list(end_ids), dtype=torch.long)
-        self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.done = torch.zeros(batch, dtype=torch.bool)
+        # On the CPU, whatever the default device is.
+        self.criteria = criteria
+        self.end_ids = torch.tensor(list(end_ids), dtype=torch.long, device="cpu")
+        self.lengths = torch.zeros(batch, dtype=torch.long, device="cpu")
+        self.done = torch.zeros(batch, dtype=torch.bool, device="cpu")
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.lengths += ~self.done
@@ -60,16 +64,25 @@ class _Watch:
     """A stopping criterion: shows every step to guards and a watcher, and ends what they end."""
 
     def __init__(
-        self, call: Call, guards: Sequence[Guard], watcher: Watcher | None, ends: _Ends
+        self,
+        call: Call,
+        guards: Sequence[Guard],
+        watcher: Watcher | None,
+        ends: _Ends,
+        most: int | None,
     ) -> None:
         self.call, self.guards, self.watcher, self.ends = call, guards, watcher, ends
+        self.most = most  # columns at which transformers ends every row
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         lengths = self.ends.lengths
         for guard in self.guards:
             guard.watch(self.call, lengths)
         if self.watcher is not None:
-            self.watcher(self.call, input_ids, lengths)
+            done = self.ends.done | (self.most is not None and input_ids.shape[1] >= self.most)
+            for guard in self.guards:
+                done = done | guard.stopped(self.call)
+            self.watcher(self.call, input_ids, lengths, done)
         for guard in self.guards:
             self.ends.done |= guard.stopped(self.call)
         return self.ends.done.to(input_ids.device)
@@ -100,14 +113,18 @@ class Request:
                 f"got a {type(self.hf).__name__}, which has no head to generate with; load it with "
                 "AutoModelForCausalLM"
             )
-        unordered = [name for name in _UNORDERED if self._setting(name) is not None]
+        if self.graph is not None or self.taps.is_armed():
+            self._refuse_unordered()
+
+    def _refuse_unordered(self) -> None:
+        unordered = [name for name in _UNORDERED if self._setting(name) not in (None, False)]
         if self._setting("guidance_scale") not in (None, 1):
             unordered.append("guidance_scale")
-        if unordered and (self.graph is not None or self.taps.is_armed()):
+        if unordered:
             raise PlanError(
-                f"got {', '.join(unordered)} while a plan is armed or with engine='graph'; such "
-                "decoding takes positions back, or runs forwards that are no steps: use greedy, "
-                "sampling or beam search"
+                f"got {', '.join(unordered)} while a plan is armed, in a stream or with "
+                "engine='graph'; such decoding takes positions back, or runs forwards that are no "
+                "steps: use greedy, sampling or beam search"
             )
 
     def _setting(self, name: str) -> Any:
@@ -126,10 +143,21 @@ class Request:
     @property
     def _end_ids(self) -> list[int]:
         ends = self._setting("eos_token_id")
-        return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
+        if ends is None:
+            return []
+        return [int(one) for one in torch.as_tensor(ends).reshape(-1)]
+
+    @property
+    def _most_columns(self) -> int | None:
+        """How many columns a row may have, prompt included, where a setting says so."""
+        new = self._setting("max_new_tokens")
+        longest = self._setting("max_length") if new is None else self.batch.ids.shape[1] + new
+        return None if longest is None else int(longest)
 
     def run(self, watcher: Watcher | None = None) -> Generated:
         """Generate, and report the outcome to everything that watched."""
+        if watcher is not None or self.taps.is_armed():
+            self._refuse_unordered()
         chats, copies = len(self.batch.ids), self.copies
         call = Call(
             rows=torch.arange(chats).repeat_interleave(copies),
@@ -198,9 +226,13 @@ class Request:
         beams = (self._setting("num_beams") or 1) > 1
         ends: _Ends | None = None
         watched = bool(guards) or watcher is not None
-        if not beams and (criteria or watched or self._setting("stop_strings") is not None):
+        # Drafted tokens come several at once, in a batch of one, whose end is that of its ids.
+        drafted = any(self._setting(name) not in (None, False) for name in _SEVERAL)
+        stops = bool(criteria) or self._setting("stop_strings") is not None
+        if not beams and (watched or (stops and not drafted)):
             ends = _Ends([*criteria, *self._stop_strings()], self._end_ids, len(call.rows))
-            criteria = [ends, _Watch(call, guards, watcher, ends)] if watched else [ends]
+            watch = _Watch(call, guards, watcher, ends, self._most_columns)
+            criteria = [ends, watch] if watched else [ends]
         if criteria:
             settings["stopping_criteria"] = StoppingCriteriaList(criteria)
         return settings, ends
@@ -209,10 +241,18 @@ class Request:
         from transformers import StopStringCriteria
 
         strings = self._setting("stop_strings")
-        return [] if strings is None else [StopStringCriteria(self.tokenizer, strings)]
+        if strings is None:
+            return []
+        tokenizer = self.settings.get("tokenizer", self.tokenizer)
+        if tokenizer is None:
+            raise PlanError(
+                "got stop_strings and a model without a tokenizer, which tells where a text ends; "
+                "give the model its tokenizer"
+            )
+        return [StopStringCriteria(tokenizer, strings)]
 
     def _lengths(self, new: Int[Tensor, "sequence step"]) -> Int[Tensor, " sequence"]:
         """Tokens up to and including the first end token."""
-        ended = torch.isin(new, torch.tensor(self._end_ids, dtype=new.dtype))
+        ended = torch.isin(new, torch.tensor(self._end_ids, dtype=new.dtype, device=new.device))
         first = torch.where(ended.any(1), ended.int().argmax(1), new.shape[1] - 1)
         return first + 1

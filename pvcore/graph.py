@@ -7,6 +7,7 @@ length of the cache; numbers are written in place.
 """
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pvcore.errors import HookError, ModelError, PlanError
 from pvcore.frames import Call, Frame
+from pvcore.graph_checks import refuse_model, refuse_settings
 from pvcore.resident import TRACED, Decode, Met, Resident
 from pvcore.sessions import Session, Take, session_on
 from pvcore.sites import Site
@@ -30,10 +32,6 @@ MAX_STRUCTURES = 8
 # After 128 captures of one step torch gives up CUDA graphs for it, with a log line only.
 MAX_CACHES = 100
 _SHORTEST, _STRIDE = 256, 2048
-_LOOP = ("get_compiled_call", "_valid_auto_compile_criteria", "_prepare_static_cache")
-_OURS = ("compile_config", "disable_compile", "past_key_values")
-# Names that generation configs of models carry for what is one static cache today.
-_STATIC = ("static", "hybrid", "hybrid_chunked", "sliding_window")
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -52,6 +50,11 @@ class Graph:
     mode: Mode | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backend, Hashable):
+            raise PlanError(
+                f"got a backend of type {type(self.backend).__name__} that has no hash; wanted one "
+                "whose compiled steps can be found again: give its class __hash__"
+            )
         if self.mode is not None and self.mode not in get_args(Mode):
             raise PlanError(f"got mode {self.mode!r}; wanted one of {', '.join(get_args(Mode))}")
         if isinstance(self.backend, str):
@@ -140,14 +143,16 @@ class _Step:
 
     def __init__(self, hf: Any, resident: Resident, graph: Graph) -> None:
         self.resident = resident
-        self._cache: Any = None
+        # Not held: a kept step would keep every cache it ever ran on.
+        self._cache: Callable[[], Any] = lambda: None
         self._caches = 0
         self._call = graph.compile(_step_of(hf))
 
     def takes(self, cache: Any) -> bool:
         """Whether this step may run on a cache; CUDA graphs are captured anew for another one."""
-        self._caches += cache is not self._cache
-        self._cache = cache
+        if cache is not self._cache():
+            self._caches += 1
+            self._cache = weakref.ref(cache)
         return self._caches < MAX_CACHES
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
@@ -194,8 +199,8 @@ class GraphEngine:
         `paced` has every step's scores at once; one that `streams` waits for its consumer.
         `HookError` where the decode steps did not all run as armed.
         """
-        _refuse_model(self.hf)
-        _refuse_settings(setting)
+        refuse_model(self.hf)
+        refuse_settings(setting)
         graph = graph.on(self.hf.device)
         session = session_on(self.taps.key)
         with self.taps.turn.taken("stream" if streams else "generation"), ExitStack() as stack:
@@ -219,6 +224,7 @@ class GraphEngine:
         if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
             step = _Step(self.hf, resident, graph)
+            step.takes(cache)
         self._steps[key] = step
         while len(self._steps) > MAX_STRUCTURES:
             self._steps.popitem(last=False)
@@ -257,6 +263,8 @@ class _Generation:
     ) -> None:
         self._engine, self._graph, self._call = engine, graph, call
         self._session, self._meeting, self._paced = session, meeting, paced
+        # The meeting is armed on top by now; nothing else may come or go until the end.
+        self._armed = session_on(engine.taps.key)
         self._step: _Step | None = None
         self._transport: Transport | None = None
         self.prompt_steps = 0
@@ -283,6 +291,11 @@ class _Generation:
         if self.prompt_steps > 0:
             self.prompt_steps -= 1
             return self._engine.hf(**inputs)
+        if session_on(self._engine.taps.key) is not self._armed:
+            raise HookError(
+                "got a plan armed or taken off in the middle of a compiled generation, which goes "
+                "by what was armed when it began; use engine='eager', or on_alarm and standby"
+            )
         if inputs.get("past_key_values") is not self._cache:
             raise HookError(
                 "got a decode step on a cache that engine='graph' did not make; this version of "
@@ -300,13 +313,13 @@ class _Generation:
 
     def _begin(self, device: torch.device) -> None:
         plan = Decode.of(self._session, self._call, self._meeting.met)
-        for scorer in plan.scorers:
-            scorer.settle(self._call)
         step = self._engine.step_for(self._graph, plan, self._cache, device)
         self._engine.taps.resident = step.resident
         self._step = step
         watches = step.resident.watches
         self._transport = Transport(self._call, plan.scorers, watches, paced=self._paced)
+        for scorer in plan.scorers:
+            scorer.settle(self._call, self._transport.finish)
 
     def finish(self, n_tokens: int) -> None:
         """Hand the scores over; `HookError` unless every token after the first had its step."""
@@ -356,39 +369,3 @@ def _static_cache(hf: Any, length: int) -> Any:
             f"got a {type(hf).__name__}, whose cache cannot be compiled; use engine='eager'"
         )
     return cache
-
-
-def _refuse_model(hf: Any) -> None:
-    missing = [name for name in _LOOP if not hasattr(type(hf), name)]
-    if missing:
-        raise ModelError(
-            f"got a {type(hf).__name__} without {', '.join(missing)}; engine='graph' drives "
-            "transformers' own decode loop: hook the transformers model itself (for PEFT: "
-            "merge_and_unload(), or get_base_model()), or use engine='eager'"
-        )
-    quantizer = getattr(hf, "hf_quantizer", None)
-    places = {str(place) for place in (getattr(hf, "hf_device_map", None) or {}).values()}
-    if (quantizer is not None and not quantizer.is_compileable) or (
-        len(places) > 1 and places & {"cpu", "disk"}
-    ):
-        raise ModelError(
-            f"got a {type(hf).__name__} whose weights are quantized or offloaded in a way that "
-            "does not compile; use engine='eager'"
-        )
-
-
-def _refuse_settings(setting: Callable[[str], Any]) -> None:
-    given = [name for name in _OURS if setting(name) not in (None, False)]
-    if setting("cache_implementation") not in (None, *_STATIC):
-        given.append("cache_implementation")
-    if given:
-        raise PlanError(
-            f"got {', '.join(given)} with engine='graph', which brings its own cache and compiles "
-            "by itself; leave it out, or pass pv.Graph(backend=..., mode=...) as the engine"
-        )
-    if (setting("num_beams") or 1) > 1:
-        raise PlanError(
-            "got beams with engine='graph', whose rows stay where they are; use engine='eager'"
-        )
-    if setting("use_cache") is False:
-        raise PlanError("got use_cache=False with engine='graph'; it decodes on a static cache")

@@ -82,6 +82,8 @@ class Rules:
         AlarmBell(alarms or {}, bank.traits if bank else (), bank.sites if bank else ())
         for one, level in waiting.items():
             check_level(one, level)
+        for one in waiting:
+            check_span(one)
         return cls(alarms=dict(alarms or {}), react=react, standby=tuple(waiting.items()))
 
     @property
@@ -96,6 +98,15 @@ def check_level(intervention: object, level: float) -> None:
     if not math.isfinite(level) or (not isinstance(intervention, Add) and level not in (0, 1)):
         wanted = "a finite number" if isinstance(intervention, Add) else "0 or 1"
         raise PlanError(f"got level {level} for {type(intervention).__name__}; wanted {wanted}")
+
+
+def check_span(intervention: Intervention) -> None:
+    """`PlanError` for a span that is over before any alarm: a reply is what an alarm can change."""
+    if intervention.span not in (None, "all", "response"):
+        raise PlanError(
+            f"got {type(intervention).__name__} with span {intervention.span!r} on standby, which "
+            "no alarm of a reply can reach; wanted 'response' or 'all'"
+        )
 
 
 def _stop(alarm: Alarm, controls: Controls) -> None:

@@ -6,7 +6,7 @@ and all layers are scored at once: step by step on an accelerator, and on a CPU,
 costs more than the arithmetic, several steps together unless somebody asks for the newest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.outflow import PIECE_BYTES, Outflow, leaves
-from pvcore.sessions import Columns, Take
+from pvcore.sessions import Columns, Copies, Take
 from pvcore.sites import Site
 from pvcore.vectors import VectorBank
 from pvcore_kernels import paths
@@ -54,7 +54,27 @@ class _Record:
     # Where scores leave the device, and how many of the newest steps have not yet.
     outflow: Outflow = field(default_factory=Outflow)
     staying: int = 0
+    # Brings what an engine has scored and not handed over; None when nothing is under way.
+    fetch: Callable[[], None] | None = None
     outcome: Outcome | None = None
+
+    # The residuals of the first step, with their versions, and whether they have been looked at.
+    met: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    looked: bool = False
+
+    def look(self, place: int, h: Tensor) -> None:
+        """Keep a row of the first step, and note whether its memory is written to again."""
+        self.met.append((h, None if h.is_inference() else h._version))
+        self.columns.rows[place].append(h[:, -1:].clone())
+
+    def settle_rows(self) -> None:
+        """Keep copies from now on where the model updates its residual in place."""
+        if self.met:
+            places = {h.data_ptr() for h, _ in self.met}
+            moved = any(version is not None and h._version != version for h, version in self.met)
+            if moved or len(places) < len(self.met):
+                self.columns.rows = [Copies(rows) for rows in self.columns.rows]
+            self.met, self.looked = [], True
 
     def given_scores(self, sites: Sequence[Site]) -> Float[Tensor, "column site batch n_vec"]:
         self.outflow.settle()
@@ -125,7 +145,7 @@ class Seen:
             raise HookError("got no forward to report yet; run the model inside the block first")
         records = list(self._records.values())
         for record in records:
-            self._score_waiting(record)
+            self._catch_up(record)
         parts = [self._table(record, self.traits.index(trait)) for record in records]
         order = _chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
         steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
@@ -143,6 +163,9 @@ class Seen:
         frame.notes[self] = record
         if not self._stepping(frame):
             return lambda place, h: self._score_given(record, place, h, frame.start)
+        if not record.looked:
+            record.met = []
+            return record.look
         return lambda place, h: record.columns.rows[place].append(h[:, -1:])
 
     def columns(self, frame: Frame) -> Columns:
@@ -155,6 +178,7 @@ class Seen:
         waiting = len(record.columns.rows[0])
         if waiting == 0:
             return
+        record.settle_rows()
         if not record.patience:
             record.patience = _patience([column[0] for column in record.columns.rows])
         if waiting >= record.patience or frame.width > 1:
@@ -171,6 +195,12 @@ class Seen:
             unseen = scores.new_full((len(scores), start, scores.shape[-1]), torch.nan)
             record.given[site] = [unseen]
         record.given[site].append(scores)
+
+    def _catch_up(self, record: _Record) -> None:
+        """Have the scores of every step made so far, whoever makes them."""
+        if record.fetch is not None:
+            record.fetch()
+        self._score_waiting(record)
 
     def _score_waiting(self, record: _Record) -> None:
         """Score the steps that wait, all layers at once, or one by one where devices differ."""
@@ -202,6 +232,8 @@ class Seen:
         return torch.stack(scores)
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
+        if call in self._records:
+            self._records[call].fetch = None
         if outcome is not None:
             self._score_waiting(self._records[call])
             self._records[call].outcome = outcome
@@ -209,9 +241,11 @@ class Seen:
             # A generation that failed has no sequences whose rows could be reported.
             self._records.pop(call, None)
 
-    def settle(self, call: Call) -> None:
+    def settle(self, call: Call, fetch: Callable[[], None]) -> None:
         """Wait for the prompt's scores on their way to the host."""
-        self._records[call].outflow.settle()
+        record = self._records[call]
+        record.outflow.settle()
+        record.fetch = fetch
 
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of decode steps that an engine made without coming past `take`."""
@@ -220,7 +254,7 @@ class Seen:
     def newest(self, call: Call | None = None) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made by a call, or by the one that runs now."""
         record = next(reversed(self._records.values())) if call is None else self._records[call]
-        self._score_waiting(record)
+        self._catch_up(record)
         return record.newest(self.sites)
 
     def _stepping(self, frame: Frame) -> bool:

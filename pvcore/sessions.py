@@ -65,6 +65,13 @@ class Columns:
         return steps
 
 
+class Copies(list[Tensor]):
+    """Rows of a model that goes on writing where they lie."""
+
+    def append(self, row: Tensor) -> None:
+        super().append(row.clone())
+
+
 @runtime_checkable
 class Collector(Reader, Protocol):
     """A reader that keeps the newest rows of decode steps until somebody wants them."""
@@ -84,8 +91,11 @@ class Scorer(Reader, Protocol):
         self, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "site n_vec d_model"]: ...
 
-    def settle(self, call: Call) -> None:
-        """The prompt of a call is done: what it showed may leave the device."""
+    def settle(self, call: Call, fetch: Callable[[], None]) -> None:
+        """The prompt of a call is done: what it showed may leave the device.
+
+        `fetch` brings the scores of all steps made so far, for one who cannot wait for them.
+        """
 
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of the next decode steps of a call, on the CPU."""

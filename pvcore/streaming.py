@@ -22,27 +22,27 @@ def steps(
 
     def produce() -> Generated:
         if arm is None:
-            return request.run(
-                lambda call, ids, lengths: relay.offer((call, ids, lengths, None, ()))
-            )
+            return request.run(lambda *step: relay.offer((*step, None, ())))
         with arm() as seen:
             told = 0
 
-            def offer(call: Call, ids: Tensor, lengths: Tensor) -> None:
+            def offer(call: Call, ids: Tensor, lengths: Tensor, done: Tensor) -> None:
                 nonlocal told
                 alarms = seen.alarms[told:]
                 told += len(alarms)
-                relay.offer((call, ids, lengths, seen, alarms))
+                relay.offer((call, ids, lengths, done, seen, alarms))
 
             return request.run(offer)
 
-    for count, (call, ids, lengths, seen, alarms) in enumerate(relay.items(produce), start=1):
+    for count, (call, ids, lengths, done, seen, alarms) in enumerate(relay.items(produce), 1):
         active = (lengths == count).tolist()
         newest = ids[:, -1].cpu()
         yield Step(
             text=[
-                piece.push(token) if on else ""
-                for piece, token, on in zip(pieces, newest.tolist(), active, strict=True)
+                piece.push(token, last=end) if on else ""
+                for piece, token, on, end in zip(
+                    pieces, newest.tolist(), active, done.tolist(), strict=True
+                )
             ],
             token_ids=newest,
             projections={} if seen is None else _projections(seen, call, active),

@@ -115,3 +115,19 @@ def test_one_seed_gives_one_interval_and_wrong_settings_are_refused() -> None:
         correlations(every, confidence=95.0)
     with pytest.raises(StatisticsError, match="got 0 resamples"):
         correlations(every, interval="bootstrap", resamples=0)
+
+
+@pytest.mark.parametrize("size", [1e2, 2e4, 1e6])
+def test_projections_that_are_alike_within_each_level_foretell_nothing_there(size) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        middles = size + generator.uniform(size=4)
+        rows = [
+            MonitoredReply(projection=float(middles[k]), score=generator.uniform(0, 100), level=k)
+            for k in range(4)
+            for _ in range(7)
+        ]
+        found = correlations(rows)
+        assert math.isnan(found.within)
+        assert math.isnan(found.within_interval.low)
+        assert not math.isnan(found.overall)

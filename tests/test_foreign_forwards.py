@@ -1,7 +1,10 @@
 """Forwards that pvcore does not start: plain calls, transformers' own generate, hand-made loops."""
 
+import contextvars
+
 import pytest
 import torch
+import transformers
 
 import pvcore as pv
 from pvcore.errors import HookError, PlanError, SpanError
@@ -114,3 +117,55 @@ def test_assisted_decoding_is_refused_while_armed():
         model.steer(pv.Add(vector(), coeff=1.0, layers=[1])),
     ):
         model.generate_ids(rows, max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
+def test_drafted_tokens_of_somebody_elses_generation_are_refused_while_armed():
+    model = subject("qwen2").model
+    (ids,) = prompts([4])
+    row = ids.repeat(4)[None]
+    drafted = {**GREEDY, "prompt_lookup_num_tokens": 3}
+    plain = model.hf.generate(row, **GREEDY)
+    assert torch.equal(model.hf.generate(row, **drafted), plain)
+    for before in (lambda: None, lambda: model.hf.generate(ids[None], **GREEDY)):
+        with model.steer(pv.Add(vector(), coeff=4.0, layers=[1])):
+            before()
+            with pytest.raises(HookError, match="drafted tokens"):
+                contextvars.copy_context().run(model.hf.generate, row, **drafted)
+            steered = model.hf.generate(row, **GREEDY)
+        assert not torch.equal(steered, plain)
+
+
+def test_a_generation_on_a_cache_of_ones_own_knows_none_of_an_earlier_prompt():
+    model = subject("qwen2").model
+    first, second = prompts([6, 9])
+    add = pv.Add(vector(), coeff=4.0, layers=[1], span="all")
+
+    def on_a_cache():
+        cache = transformers.DynamicCache(config=model.hf.config)
+        with torch.no_grad():
+            model.hf(second[None, :5], past_key_values=cache)
+        return model.hf.generate(second[None], past_key_values=cache, **GREEDY)
+
+    with model.steer(add):
+        wanted = contextvars.copy_context().run(on_a_cache)
+        model.hf.generate(first[None], **GREEDY)
+        got = on_a_cache()
+        whole = model.hf.generate(second[None], **GREEDY)
+    assert torch.equal(got, wanted)
+    assert torch.equal(got, whole)
+    assert not torch.equal(got, on_a_cache())
+
+
+def test_drafted_tokens_with_nothing_armed_are_all_returned():
+    model = subject("qwen2").model
+    (ids,) = prompts([4])
+    row = ids.repeat(4)
+    drafted = {"max_new_tokens": 24, "do_sample": False, "prompt_lookup_num_tokens": 4}
+    wanted = model.hf.generate(row[None], pad_token_id=0, **drafted)[0, len(row) :]
+    never = [lambda ids, _scores, **_: torch.zeros(len(ids), dtype=torch.bool)]
+    for stops in ({"stopping_criteria": never}, {"stop_strings": ["@@@@"]}):
+        (got,) = model.generate_ids([row], **drafted, **stops)
+        assert torch.equal(got, wanted[: len(got)])
+        assert len(got) == len(model.generate_ids([row], **drafted)[0]) > 4
+    with pytest.raises(PlanError, match="prompt_lookup_num_tokens while a plan is armed, in a str"):
+        next(model.stream([row], **drafted))

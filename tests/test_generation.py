@@ -65,17 +65,27 @@ def test_a_model_without_a_head_says_that_it_does_not_generate() -> None:
     assert model.read(CHATS, sites=[pv.resid_post(1)], span="all").values.shape == (1, 2, 64)
 
 
-def test_scores_seen_from_a_stopping_criterion_grow_with_the_reply() -> None:
+@pytest.mark.parametrize("engine", ["eager", pv.Graph(backend="eager")], ids=["eager", "graph"])
+def test_scores_seen_from_a_stopping_criterion_grow_with_the_reply(engine: Any) -> None:
     model = pv.HookedModel(build("qwen2"), tokenizer())
     lengths: list[int] = []
+    newest: list[torch.Tensor] = []
 
     def look(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         lengths.append(len(seen["evil"].steps))
+        newest.append(seen.newest()[..., 0])
         return torch.zeros(len(ids), dtype=torch.bool)
 
     with model.monitor(BANK) as seen:
-        model.generate_ids(CHATS, max_new_tokens=4, do_sample=False, stopping_criteria=[look])
+        model.generate_ids(
+            CHATS, max_new_tokens=4, do_sample=False, stopping_criteria=[look], engine=engine
+        )
     assert lengths == [1, 2, 3, 4]
+    told = seen["evil"].steps
+    for step, scores in enumerate(newest):
+        known = ~told[step].isnan()
+        assert torch.equal(scores[known], told[step][known])
+    assert not torch.equal(newest[0], newest[3])
 
 
 def test_autocast_rounds_the_model_and_not_the_projections() -> None:

@@ -1,7 +1,10 @@
 """The graph engine under everything a request can ask for, and what it refuses."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import jaxtyping
@@ -12,7 +15,7 @@ from torch import Tensor
 
 import pvcore as pv
 from pvcore import graph as graph_module
-from pvcore import resident
+from pvcore import graph_checks, resident
 from pvcore.errors import ChatError, HookError, ModelError, PlanError
 from tests.families import END, FAMILIES, PAD, build
 from tests.oracle import Oracle
@@ -194,7 +197,7 @@ def test_batches_in_turn_compile_once_each(monkeypatch: pytest.MonkeyPatch) -> N
             wanted = model.generate_ids(PROMPTS[:size], **GREEDY)
             assert same_ids(model.generate_ids(PROMPTS[:size], engine=engine, **GREEDY), wanted)
         assert counting.graphs == 2
-        monkeypatch.setattr(graph_module, "MAX_CACHES", 3)
+        monkeypatch.setattr(graph_module, "MAX_CACHES", 4)
         for size in (2, 3):
             model.generate_ids(PROMPTS[:size], engine=engine, **GREEDY)
     assert counting.graphs == 3
@@ -394,7 +397,7 @@ def test_a_trace_in_between_leaves_the_graph_alone() -> None:
 def test_a_model_without_transformers_loop_is_refused(
     monkeypatch: pytest.MonkeyPatch, found: Subject
 ) -> None:
-    monkeypatch.setattr(graph_module, "_LOOP", ("generate", "decode_in_another_way"))
+    monkeypatch.setattr(graph_checks, "_LOOP", ("generate", "decode_in_another_way"))
     with pytest.raises(ModelError, match=r"without decode_in_another_way; .* engine='eager'"):
         answer(found, BOTH, GRAPH)
 
@@ -451,3 +454,70 @@ def test_steps_that_the_device_did_not_run_are_an_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(step, "_call", skips)
     with pytest.raises(HookError, match="got 8 compiled decode steps on the device; launched 9"):
         answer(found, add, GRAPH)
+
+
+@pytest.mark.parametrize("change", ["off", "on"])
+def test_a_plan_that_comes_or_goes_midway_is_an_error(found: Subject, change: str) -> None:
+    add = pv.Add(EVIL, coeff=3.0)
+
+    def generate(engine: Any) -> list[Tensor]:
+        stack, calls = ExitStack(), []
+
+        def switch(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+            calls.append(1)
+            if len(calls) == 4:
+                stack.close() if change == "off" else stack.enter_context(found.model.steer(add))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        if change == "off":
+            stack.enter_context(found.model.steer(add))
+        try:
+            return found.model.generate_ids(
+                PROMPTS, engine=engine, stopping_criteria=[switch], **GREEDY
+            )
+        finally:
+            with suppress(HookError):
+                stack.close()
+
+    with pytest.raises(HookError, match="in the middle of a compiled generation"):
+        generate(GRAPH)
+    if change == "on":
+        with pytest.raises(HookError, match="armed in the middle of a generation"):
+            generate("eager")
+    else:
+        eager = generate("eager")
+        assert not same_ids(eager, answer(found, pv.Plan(add), "eager")[0])
+        assert not same_ids(eager, answer(found, None, "eager")[0])
+    both(found)
+
+
+def test_steps_that_are_kept_keep_no_cache() -> None:
+    found, caches = fresh("qwen2"), []
+    engine_of = graph_module.GraphEngine.empty_cache
+
+    def noting(self: Any, *sizes: int) -> Any:
+        caches.append(weakref.ref(cache := engine_of(self, *sizes)))
+        return cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_module.GraphEngine, "empty_cache", noting)
+        for batch in (1, 2, 3):
+            found.model.generate_ids(PROMPTS[:1] * batch, engine=GRAPH, **GREEDY)
+    gc.collect()
+    assert [cache() is None for cache in caches] == [True, True, False]
+
+
+def test_settings_of_many_kinds_are_read_alike(found: Subject) -> None:
+    ends = both(found, None)[0][2:4].tolist()
+    wanted = answer(found, None, "eager", eos_token_id=ends)[0]
+    assert same_ids(answer(found, None, "eager", eos_token_id=torch.tensor(ends))[0], wanted)
+    assert len(wanted[0]) == 3
+
+    class Unhashable(Counting):
+        __hash__ = None  # type: ignore[assignment]
+
+    with pytest.raises(PlanError, match="has no hash"):
+        pv.Graph(backend=Unhashable())
+    mute = pv.HookedModel(found.model.hf, model_id="")
+    with pytest.raises(PlanError, match="got stop_strings and a model without a tokenizer"):
+        mute.generate_ids(PROMPTS, stop_strings=["x"], **GREEDY)

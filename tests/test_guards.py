@@ -405,3 +405,12 @@ def test_an_error_in_a_reaction_ends_the_generation_and_leaves_nothing() -> None
             found.model.generate_ids(ROWS, engine=engine, **settings)
         after = found.model.generate_ids(ROWS, engine=engine, **settings)
         assert all(map(torch.equal, after, plain))
+
+
+@pytest.mark.parametrize("span", ["prompt", "last_prompt_token"])
+def test_an_alarm_of_a_reply_reaches_no_prompt(span: Any) -> None:
+    model = subject("qwen2").model
+    add = pv.Add(ONE, coeff=1.0, span=span)
+    for rules in ({"on_alarm": add}, {"standby": [add], "on_alarm": "stop"}):
+        with pytest.raises(PlanError, match=f"span '{span}' on standby"):
+            model.monitor(BANK, alarms={"probe": 1.0}, **rules)

@@ -189,3 +189,27 @@ def test_what_was_seen_so_far_may_be_asked_in_the_middle_of_a_step():
     handle.remove()
     assert asked == [1, 2, 3, 4, 5]
     assert torch.equal(seen["evil"].steps, alone["evil"].steps)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_that_updates_its_residual_in_place_is_scored_layer_by_layer(inference):
+    def in_place(hf):
+        for block in hf.model.layers:
+            plain = block.forward
+
+            def forward(hidden_states, *args, plain=plain, **kwargs):
+                return hidden_states.copy_(plain(hidden_states, *args, **kwargs))
+
+            block.forward = forward
+        return hf
+
+    model, twin = pv.HookedModel(in_place(build("qwen2")), tokenizer()), build("qwen2")
+    (chat,) = prompts([6])
+    with torch.inference_mode(inference), model.monitor(BANK) as seen:
+        (reply,) = model.generate_ids([chat], max_new_tokens=5, do_sample=False)
+    trait = BANK.vectors[0]
+    wanted = expected(twin, torch.cat([chat, reply[:-1]]), trait)[len(chat) - 1 :]
+    torch.testing.assert_close(
+        seen[trait.trait].steps[..., 0].double(), wanted, rtol=1e-5, atol=1e-5
+    )
+    assert float((wanted[1:, 0] - wanted[1:, -1]).abs().min()) > 1e-3

@@ -49,7 +49,7 @@ class Taking(Keeping):
         shape = (len(self.sites), self.n_vec, self.d_model)
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    def settle(self, call: Call) -> None: ...
+    def settle(self, call: Call, fetch: Callable[[], None]) -> None: ...
 
     def receive(self, call: Call, steps: Tensor) -> None:
         self.taken.append(steps)

@@ -163,3 +163,42 @@ def test_characters_of_several_tokens_are_held_back_until_whole():
     assert "".join(parts) == text
     assert "\ufffd" not in "".join(parts)
     assert "" in parts
+
+
+def test_a_reply_that_ends_inside_a_character_is_told_to_its_end():
+    cut = "ok é".encode()[:-1]
+    pieces = Pieces(Bytes())
+    told = "".join(pieces.push(byte, last=at == len(cut) - 1) for at, byte in enumerate(cut))
+    assert told == Bytes().decode(cut, skip_special_tokens=True) == "ok \ufffd"
+
+
+class Halves:
+    """A tokenizer whose every token begins a character that the next one completes."""
+
+    def __init__(self, plain):
+        self._plain = plain
+
+    def __getattr__(self, name):
+        return getattr(self._plain, name)
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join("x" for _ in ids[1:]) + "\ufffd" * (len(ids) > 0)
+
+
+@pytest.mark.parametrize("ending", [{"max_new_tokens": 5}, {"max_length": 11}, {"stop": 3}])
+def test_a_stream_tells_what_a_last_token_leaves_unfinished(ending):
+    found = subject("qwen2")
+    model = pv.HookedModel(found.model.hf, Halves(found.model.tokenizer), model_id="")
+    (ids,) = prompts([6])
+    settings = {"do_sample": False, "eos_token_id": None, **ending}
+    stop = settings.pop("stop", None)
+    if stop is not None:
+        settings["max_new_tokens"] = 9
+        settings["stopping_criteria"] = [
+            lambda ids, _scores, **_: torch.full((len(ids),), ids.shape[1] >= 6 + stop)
+        ]
+    steps = list(model.stream([ids], **settings))
+    assert len(steps) == (stop or 5)
+    assert [step.text[0] for step in steps] == [""] * (len(steps) - 1) + [
+        "x" * (len(steps) - 1) + "\ufffd"
+    ]
