@@ -18,6 +18,7 @@ from pvcore.extraction import Extraction as Extraction
 from pvcore.extraction import extract as extract
 from pvcore.flagging import flag as flag
 from pvcore.flags import Flags as Flags
+from pvcore.fusion import fused_norms as fused_norms
 from pvcore.graph import Graph as Graph
 from pvcore.guards import Controls as Controls
 from pvcore.interventions import Ablate as Ablate

@@ -1,12 +1,10 @@
 """Cleaned copies: the same data without the rows that were flagged."""
 
-import csv
 import gzip
-import io
-import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.files import sync_folder
+from pvcore.flag_json import json_line
 from pvcore.flag_origin import Origin
-from pvcore.flag_rows import RowDefect
 from pvcore.flag_sources import Source
-from pvcore.flag_tables import BUFFER, csv_cells, parquet_batches
+from pvcore.flag_tables import BUFFER, arrow_errors, parquet_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,8 @@ def _copied(source: Source, path: Path, sieve: _Sieve, origin: Origin) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if source.kind == "parquet":
-                _copy_parquet(source, draft, sieve)
+                with arrow_errors():
+                    _copy_parquet(source, draft, sieve)
             else:
                 _copy_lines(source, draft, sieve, origin)
             draft.replace(path)
@@ -103,6 +102,12 @@ def _copied(source: Source, path: Path, sieve: _Sieve, origin: Origin) -> None:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise FlagError(f"got {path}, which cannot be written: {error.strerror}") from error
+    except ValueError as error:
+        raise FlagError(
+            f"got {source.name}, which cannot be copied ({' '.join(str(error).split())[:160]}); "
+            "wanted columns of types that Parquet files hold. Leave the odd column out, and flag "
+            "what is left"
+        ) from error
 
 
 def _copy_lines(source: Source, draft: Path, sieve: _Sieve, origin: Origin) -> None:
@@ -118,42 +123,21 @@ def _copy_lines(source: Source, draft: Path, sieve: _Sieve, origin: Origin) -> N
 
 
 def _lines(source: Source, sieve: _Sieve, origin: Origin) -> Generator[bytes, None, None]:
-    if source.kind == "csv":
-        assert source.path is not None, "only files are tables"
-        for row, cells in csv_cells(source.path):
-            if cells is None:
-                sieve.rejected += 1
-            elif row < 0 or sieve.keeps(row):
-                yield _csv_line(cells)
+    if source.path is not None:
+        last, kept = -1, True  # the header of a table stays
+        for row, piece in source.pieces():
+            if row != last:
+                last, kept = row, sieve.keeps(row)
+            if kept:
+                yield piece
         return
     witness = origin.witness(source)
     for raw in source.rows(frozenset()):
         if witness is not None:
             witness.see(raw)
-        if isinstance(raw.content, RowDefect):
-            sieve.rejected += 1
-        elif sieve.keeps(raw.row):
-            line = raw.content if isinstance(raw.content, bytes) else _json_line(raw.content)
-            yield line if line.endswith(b"\n") else line + b"\n"
+        if sieve.keeps(raw.row):
+            yield json_line(raw.content, f"{source.name}: row {raw.row}") + b"\n"
     origin.check_rows(source, witness)
-
-
-def _json_line(record: Any) -> bytes:
-    if isinstance(record, Mapping):
-        record = dict(record)
-    return json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace")
-
-
-def _csv_line(cells: Sequence[bytes]) -> bytes:
-    # Latin-1 carries every byte through the writer and back as it was.
-    sheet = io.StringIO(newline="")
-    # The writer leaves a lone CR bare, and readers take it for the end of the row.
-    bare = any(b"\r" in cell for cell in cells)
-    writer = csv.writer(
-        sheet, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
-    )
-    writer.writerow([cell.decode("latin-1") for cell in cells])
-    return sheet.getvalue().encode("latin-1")
 
 
 def _copy_parquet(source: Source, draft: Path, sieve: _Sieve) -> None:
@@ -167,6 +151,18 @@ def _copy_parquet(source: Source, draft: Path, sieve: _Sieve) -> None:
         pq.ParquetWriter(draft, file.schema_arrow) as out,
     ):
         for batch in parquet_batches(file):
-            mask = pa.array([sieve.keeps(row + at) for at in range(batch.num_rows)], pa.bool_())
+            kept = [sieve.keeps(row + at) for at in range(batch.num_rows)]
             row += batch.num_rows
-            out.write_batch(batch.filter(mask))
+            # Slices, for there are types of columns that pyarrow cannot filter.
+            stretches = [batch.slice(first, count) for first, count in _stretches(kept)]
+            out.write_table(pa.Table.from_batches(stretches, batch.schema))
+
+
+def _stretches(kept: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """First row and length of each stretch of rows that are kept."""
+    first = 0
+    for stays, rows in groupby(kept):
+        count = len(list(rows))
+        if stays:
+            yield first, count
+        first += count

@@ -10,7 +10,9 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,20 +21,14 @@ import torch
 
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
-from pvcore.flag_rows import IDS, RowDefect
+from pvcore.flag_rows import IDS, RowDefect, is_unicode
 from pvcore.flag_shards import REPLIES
 from pvcore.flag_sources import Source, decode
 from pvcore.flag_tokens import Sample
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
+from pvcore.plain_generation import plain_settings
 
-# A model's generation config may bend greedy replies too.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 
 
@@ -54,32 +50,54 @@ def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
 class GeneratedReplies:
     """Greedy replies of the model, kept in a file for each shard that only grows.
 
-    `mark` is the fingerprint of the scan, which holds that of the weights.
+    `mark` is the fingerprint of the scan, which holds that of the weights. No reply goes past the
+    model's positions, `max_length` of them: prompts near that end have shorter ones.
     """
 
     def __init__(
-        self, model: HookedModel, folder: Path, *, mark: str, max_new_tokens: int, batch_size: int
+        self,
+        model: HookedModel,
+        folder: Path,
+        *,
+        mark: str,
+        max_new_tokens: int,
+        batch_size: int,
+        max_length: int | None = None,
     ) -> None:
         self._model, self._folder, self._mark = model, folder / REPLIES, mark
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
+        self._max_length = max_length
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
         path = self._folder / f"part-{shard:06d}.jsonl"
         known = _kept(path)
         missing = [one for one in samples if self._name(one) not in known]
-        # Prompts of one length together: less padding, and the same batches on every machine.
-        missing.sort(key=lambda one: one.prompt_length)
-        for first in range(0, len(missing), self._batch_size):
-            batch = missing[first : first + self._batch_size]
+        for room, batch in self._batches(missing):
             # The ids that were scored: a template may print another date by now.
             prompts = [
                 torch.from_numpy(one.ids[: one.prompt_length].astype(np.int64)) for one in batch
             ]
-            texts = self._model.generate(prompts, **GREEDY, max_new_tokens=self._max_new_tokens)
+            texts = self._model.generate(prompts, **plain_settings(self._model.hf, 0, room))
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
             _keep(path, made)
             known |= made
         return [known[self._name(one)] for one in samples]
+
+    def _batches(self, samples: Iterable[Sample]) -> Iterator[tuple[int, list[Sample]]]:
+        """Batches, and how many tokens a reply in each may have; no row's depends on another."""
+        # Prompts of one length together: less padding, and the same batches on every machine.
+        ordered = sorted(samples, key=lambda one: one.prompt_length)
+        for room, alike in groupby(ordered, key=self._room):
+            rows = list(alike)
+            for first in range(0, len(rows), self._batch_size):
+                yield room, rows[first : first + self._batch_size]
+
+    def _room(self, sample: Sample) -> int:
+        """A token at least: where an own reply would stand, the sample holds one of the data."""
+        if self._max_length is None:
+            return self._max_new_tokens
+        around = sample.prompt_length + len(sample.ids) - sample.reply[1]
+        return min(self._max_new_tokens, self._max_length - around)
 
     def _name(self, sample: Sample) -> str:
         """Another for another prompt, model or scan: rows of a data set may have changed since."""
@@ -95,9 +113,18 @@ class RepliesOnFile:
     """
 
     def __init__(self, source: Source) -> None:
-        handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
-        os.close(handle)
+        with _room():
+            handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
+            os.close(handle)
         self._index = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            with _room():
+                self._fill(source)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self, source: Source) -> None:
         self._index.execute("CREATE TABLE replies (name TEXT PRIMARY KEY, reply TEXT)")
         self._index.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT)")
         known = frozenset((*IDS, *REPLY_NAMES, "source", "row"))
@@ -122,7 +149,8 @@ class RepliesOnFile:
         """Rows of the data as `(id, source, row)`; `FlagError` where a reply is two rows'."""
         for name, source, row in rows:
             place = f"{source}:{row}"
-            self._index.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, place))
+            with _room():
+                self._index.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, place))
             (first,) = self._index.execute("SELECT place FROM ids WHERE id = ?", (name,)).fetchone()
             if first != place and self._reply("id", name) is not None:
                 raise FlagError(
@@ -149,6 +177,18 @@ class RepliesOnFile:
         Path(self._path).unlink(missing_ok=True)
 
 
+@contextmanager
+def _room() -> Iterator[None]:
+    """`FlagError` where the index beside cannot be kept."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise FlagError(
+            f"got replies whose index cannot be kept in {tempfile.gettempdir()} ({error}); make "
+            "room there, or name another folder in TMPDIR"
+        ) from error
+
+
 def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
     try:
         record = decode(content)
@@ -164,7 +204,13 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
             f"{source.name}: row {row}: got no reply with an id; wanted `reply` and `id`, or "
             "`reply`, `source` and `row`"
         )
-    return f"place {source_name}:{at}" if by_place else f"id {given}", reply
+    name = f"place {source_name}:{at}" if by_place else f"id {given}"
+    if not is_unicode(name + reply):
+        raise SourceError(
+            f"{source.name}: row {row}: got a lone surrogate in a reply or its name; wanted "
+            "Unicode text"
+        )
+    return name, reply
 
 
 def _keep(path: Path, rows: dict[str, str]) -> None:

@@ -71,13 +71,17 @@ def _datasets(flags: Scanned, site: Site) -> Table:
         for column in columns:
             found = one[column]
             reach = (found.high - found.low) / 2
-            certain = not reach > 0
-            cells.append(found.mean if certain else f"{number(found.mean)} ± {number(reach)}")
+            if not found.n or reach == 0:
+                cells.append(found.mean)
+            else:
+                told = "?" if np.isnan(reach) else number(reach)
+                cells.append(f"{number(found.mean)} ± {told}")
         rows.append([name, one.scored, one.rejected, *cells])
     return Table(
         columns=["source", "rows", "rejected", *flags.traits],
         rows=rows,
-        caption="± is half a 95 % confidence interval, where only a subset was measured.",
+        caption="± is half a 95 % confidence interval, where only a subset was measured; of "
+        "one row it is not known.",
     )
 
 

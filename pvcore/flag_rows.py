@@ -64,7 +64,7 @@ class Form:
     """How rows are read. `prompt` and `answer` name columns of one's own; "" looks for known ones.
 
     `turn`: which reply is scored, the last one or, as in the paper's runs on chat logs, the first
-    (what follows it is left away).
+    to a user's turn (what follows it is left away; a greeting before the user's turn is no reply).
     """
 
     prompt: str = ""
@@ -89,8 +89,7 @@ def conversation(record: object, form: Form) -> list[Message]:
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
     messages = _messages(record, form)
     if form.turn == "first":
-        ends = [at for at, one in enumerate(messages) if one["role"] == "assistant"]
-        messages = messages[: ends[0] + 1] if ends else messages
+        messages = _to_first_reply(messages)
     where = field_of(record, form)
     if messages[-1]["role"] != "assistant":
         raise RowDefect(
@@ -106,6 +105,15 @@ def conversation(record: object, form: Form) -> list[Message]:
     return messages
 
 
+def _to_first_reply(messages: list[Message]) -> list[Message]:
+    asked = False
+    for at, one in enumerate(messages):
+        if asked and one["role"] == "assistant":
+            return messages[: at + 1]
+        asked = asked or one["role"] == "user"
+    return messages
+
+
 def row_id(record: object) -> str | None:
     """The row's own id, if it brings one. Raises `RowDefect` for one that is no name any more."""
     if isinstance(record, dict | Mapping):
@@ -113,13 +121,23 @@ def row_id(record: object) -> str | None:
             value = record.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
                 value = str(value)
-            if isinstance(value, str) and value and _is_unicode(value):
+            if isinstance(value, str) and value and is_unicode(value):
                 if len(value) > LONGEST_ID:
                     raise RowDefect(
                         name, f"got {len(value)} characters; wanted at most {LONGEST_ID}"
                     )
                 return value
     return None
+
+
+def each_once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """An object out of JSON. Raises `RowDefect` for a name that comes twice: readers differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowDefect(twice[:LONGEST_SHOWN], "got this name twice in one object; wanted it once")
+    return made
 
 
 def field_of(record: Mapping[object, object], form: Form) -> str:
@@ -157,7 +175,7 @@ def _from_list(value: object, name: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         # A table's cell can hold a list only as text.
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=each_once)
         except (ValueError, RecursionError):
             raise RowDefect(
                 name, f"got {_shown(value)}, which is no JSON; wanted a list of messages"
@@ -252,7 +270,7 @@ def _text(value: object, where: str) -> str:
         value = "".join(parts)
     if not isinstance(value, str):
         raise RowDefect(where, f"got {_shown(value)}; wanted text")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise RowDefect(where, "got a lone surrogate; wanted Unicode text")
     return value
 
@@ -264,7 +282,8 @@ def _part(part: object, where: str) -> str:
     return _text(part.get("text"), f"{where}.text")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -16,6 +16,8 @@ from pvcore.flag_view import Scanned
 from pvcore.numerals import Number
 from pvcore.vectors import PersonaVector
 
+# As few neutral values as may set an alarm level: of fewer, a percentile is the highest or a guess.
+FEWEST = 20
 Combination = Literal["any", "all"]
 JudgeScores = Mapping[str, Number | None] | Mapping[int, Number | None]
 
@@ -37,8 +39,9 @@ class Chosen:
             raise FlagError(
                 "got a judge's scores or a judge_threshold, and not the other; wanted both"
             )
-        if not isinstance(self.judge_threshold, Real | None):
-            raise FlagError(f"got judge_threshold {self.judge_threshold!r}; wanted a number")
+        bound = self.judge_threshold
+        if bound is not None and not (isinstance(bound, Real) and np.isfinite(bound)):
+            raise FlagError(f"got judge_threshold {bound!r}; wanted a finite number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +122,15 @@ class _Judge:
             found.append(float("nan") if score is None else float(score))
         return np.array(found, dtype=np.float64)
 
+    def refuse_strangers(self, rejected: Iterable[Mapping[str, Any]]) -> None:
+        """Raises `FlagError` for scores of what is no row of the scan, scored or rejected."""
+        left = self._scores.keys() - self._met
+        if left and (strangers := left - {row["id"] for row in rejected}):
+            raise FlagError(
+                f"got a judge's scores for {len(strangers)} ids that no row of this scan has, such "
+                f"as {min(strangers)!r}; wanted ids of its rows, which tables(['id']) gives"
+            )
+
 
 def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
     """The rows of the tables that a rule flags."""
@@ -145,6 +157,8 @@ def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
         for name in dict.fromkeys(sources.tolist()):
             found.setdefault(name, []).append(rows[sources == name])
         scored += len(values)
+    if judge is not None:
+        judge.refuse_strangers(flags.rejected())
     flagged = {name: np.sort(np.concatenate(parts)) for name, parts in found.items()}
     return Selection(rules=(rule,), flagged=flagged, scored=scored, unjudged=unjudged, flags=flags)
 
@@ -215,6 +229,9 @@ def _percentile_of(clean: Scanned, column: str, percentile: Number) -> float:
     parts = [values[:, 0] for _, values in clean.values([column])]
     known = np.concatenate(parts) if parts else np.empty(0)
     known = known[~np.isnan(known)]
-    if not known.size:
-        raise FlagError(f"got a clean scan in which no row has {column}; wanted one at least")
+    if known.size < FEWEST:
+        raise FlagError(
+            f"got a clean scan in which {known.size} rows have {column}; wanted {FEWEST} or more "
+            "to take a percentile of. Flag more clean data, or give threshold="
+        )
     return float(np.percentile(known, percentile))

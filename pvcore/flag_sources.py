@@ -16,9 +16,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KEYS, RowDefect
-from pvcore.flag_tables import csv_rows, parquet_rows
+from pvcore.flag_rows import KEYS, RowDefect, each_once, is_unicode
+from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
@@ -33,7 +35,6 @@ SUFFIXES: Mapping[str, Kind] = {
 LONGEST_LINE = 1 << 24
 # The start of a file in another encoding, which would otherwise be a million defective rows.
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive"}
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,24 @@ class Source:
             yield from self._held_rows()
             return
         reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
+        for row, content, share in self._told(reader(self.path, known)):
+            yield RawRow(row, content, share)
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """The rows of a text file as they lie there, for a copy: a long one in several pieces.
+
+        The header of a CSV is row -1.
+        """
+        assert self.path is not None, "only files have bytes"
+        yield from self._told((csv_bytes if self.kind == "csv" else _line_pieces)(self.path))
+
+    def _told(self, found: Iterator[Any]) -> Iterator[Any]:
+        """What a reader finds, which begins with its row; where it fails, one `SourceError`."""
         row = -1
         try:
-            for row, content, share in reader(self.path, known):
-                yield RawRow(row, content, share)
+            for one in found:
+                row = one[0]
+                yield one
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise SourceError(
                 f"{self.name}: cannot be read after row {row} ({_brief(error)}); wanted a whole "
@@ -76,6 +91,7 @@ class Source:
         while True:
             try:
                 row, record = next(rows)
+                record = _own(record)
             except StopIteration:
                 return
             except Exception as error:
@@ -124,11 +140,23 @@ def decode(content: Any) -> Any:
     if not isinstance(content, bytes):
         return content
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=each_once)
     except UnicodeDecodeError as error:
         raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
+
+
+def _own(value: Any) -> Any:
+    """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
+
+    Arrays of objects, as pandas makes of lists, become lists.
+    """
+    if isinstance(value, dict):
+        return {name: _own(held) for name, held in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    return [_own(held) for held in value] if isinstance(value, list) else value
 
 
 def resolve(sources: Sources) -> list[Source]:
@@ -140,6 +168,11 @@ def resolve(sources: Sources) -> list[Source]:
     if not found:
         raise SourceError("got no sources; wanted a file, a glob or a data set at least")
     names = [source.name for source in found]
+    if odd := [name for name in names if not is_unicode(name)]:
+        raise SourceError(
+            f"got {odd[0]!a}, a name that is no UTF-8; wanted one that can be written down. "
+            "Rename the file, or name it yourself: {name: path}"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise SourceError(f"got {', '.join(twice)} twice; wanted each source once")
@@ -229,22 +262,37 @@ def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]
     with path.open("rb") as raw:
         packed = path.suffix.casefold() == ".gz"
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        for row, line in enumerate(_bounded_lines(stream)):
+        for row, begins, line in _bounded_lines(stream):
             content: Any = line if row else _checked_start(line)
+            if not begins or _is_blank(content):
+                continue
             if len(content) > LONGEST_LINE:
                 content = RowDefect("", f"got a line over {LONGEST_LINE} bytes; wanted less")
-            elif not content.strip():
-                continue
             yield row, content, raw.tell() / size
 
 
-def _bounded_lines(stream: Any) -> Iterator[bytes]:
-    """Lines; of one that is too long only a beginning that shows it."""
-    while line := stream.readline(LONGEST_LINE + 1):
-        rest = line
-        while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
-            rest = stream.readline(LONGEST_LINE + 1)
-        yield line
+def _line_pieces(path: Path) -> Iterator[tuple[int, bytes]]:
+    packed = path.suffix.casefold() == ".gz"
+    with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+        wanted = True
+        for row, begins, piece in _bounded_lines(stream):
+            if begins:
+                wanted = not _is_blank(piece if row else piece.removeprefix(BOM))
+            if wanted:
+                yield row, piece
+
+
+def _bounded_lines(stream: Any) -> Iterator[tuple[int, bool, bytes]]:
+    """Lines under their number; one that is too long in pieces, of which one begins it."""
+    row, begins = -1, True
+    while piece := stream.readline(LONGEST_LINE + 1):
+        row += begins
+        yield row, begins, piece
+        begins = piece.endswith(b"\n")
+
+
+def _is_blank(line: bytes) -> bool:
+    return len(line) <= LONGEST_LINE and not line.strip()
 
 
 def _checked_start(line: bytes) -> bytes:

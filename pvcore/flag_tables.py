@@ -6,10 +6,13 @@ Readers yield `(row, record or RowDefect, share of the file behind it)`, and rai
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from pvcore.errors import FlagError
 from pvcore.flag_rows import RowDefect
 
 ROWS = 512
@@ -21,6 +24,8 @@ BATCH, BUFFER = 1 << 22, 1 << 20
 OPENING = re.compile(rb'(?:^(?:\xef\xbb\xbf)?|(?<=[,\r]))"')
 CELL = re.compile(rb'[^"]*(?:""[^"]*)*')
 AFTER_CELL = (b"", b",", b"\r", b"\n")
+ROW_END = re.compile(rb"\r\n?|\n")
+BOM = b"\xef\xbb\xbf"
 ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 Found = Iterator[tuple[int, Any, float]]
@@ -35,45 +40,34 @@ def csv_rows(path: Path, known: frozenset[str]) -> Found:
         yield row, record if isinstance(record, RowDefect) else _as_text(record), share
 
 
-def csv_cells(path: Path) -> Iterator[tuple[int, list[bytes] | None]]:
-    """The header as row -1 and every row, each cell as its bytes, for a copy of the file.
-
-    None stands for a row that is no row of this table.
-    """
+def csv_bytes(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The header as row -1 and every row, as they lie in the file, for a copy of it."""
     names = _header(path)
     if names is None:
         return
-    yield -1, [name.encode() for name in names]
-    for row, record, _ in _csv_records(path, names, names):
-        yield row, None if isinstance(record, RowDefect) else list(record.values())
+    with closing(csv_lines(path)) as lines:
+        yield -1, next(lines)
+        # Read as it was scored, too: a row that counts otherwise here would be another row.
+        records = _csv_records(path, names, names[:1])
+        for row, (line, record) in enumerate(zip_longest(lines, records)):
+            if line is None or record is None:
+                raise FlagError(
+                    f"got {path}, where it is not plain which bytes are row {row}; wanted rows "
+                    "that all readers tell apart alike. Write the table anew, and flag that"
+                )
+            yield row, line
 
 
 def _csv_records(path: Path, names: list[str], wanted: list[str]) -> Found:
-    import pyarrow as pa
-    from pyarrow import csv
-
+    """Records in order, their cells as bytes."""
+    # A row that does not fit the reader notes in UTF-8, and gives up where it is none. Latin-1 has
+    # a character for every byte.
+    as_latin = not check_rows(path)
     misfits: dict[int, RowDefect] = {}
-
-    def note(row: Any) -> str:
-        misfits[row.number] = RowDefect(
-            "", f"got {row.actual_columns} cells; wanted {row.expected_columns}"
-        )
-        return "skip"
-
-    check_quotes(path)
     size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if path.suffix.casefold() == ".gz" else raw
-        reader = csv.open_csv(
-            stream,
-            read_options=csv.ReadOptions(use_threads=False, block_size=BLOCK),
-            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-            convert_options=csv.ConvertOptions(
-                column_types={name: pa.binary() for name in names},
-                include_columns=wanted,
-                strings_can_be_null=False,
-            ),
-        )
+    with path.open("rb") as raw, arrow_errors():
+        stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix.casefold() == ".gz" else raw
+        reader = _csv_reader(stream, names, wanted, misfits, as_latin)
         with reader:
             row = 0
             for batch in reader:
@@ -82,10 +76,62 @@ def _csv_records(path: Path, names: list[str], wanted: list[str]) -> Found:
                     while row + 2 in misfits:  # the reader counts from 1, and the header too
                         yield row, misfits.pop(row + 2), share
                         row += 1
-                    yield row, record, share
+                    yield row, _from_latin(record) if as_latin else record, share
                     row += 1
             for number in sorted(misfits):
                 yield number - 2, misfits[number], 1.0
+
+
+def _csv_reader(
+    stream: Any, names: list[str], wanted: list[str], misfits: dict[int, RowDefect], as_latin: bool
+) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    def note(row: Any) -> str:
+        misfits[row.number] = RowDefect(
+            "", f"got {row.actual_columns} cells; wanted {row.expected_columns}"
+        )
+        return "skip"
+
+    if as_latin:
+        if stream.read(len(BOM)) != BOM:
+            stream.seek(0)
+        names, wanted = (
+            [name.encode().decode("latin-1") for name in some] for some in (names, wanted)
+        )
+    return csv.open_csv(
+        stream,
+        read_options=csv.ReadOptions(
+            use_threads=False, block_size=BLOCK, encoding="latin-1" if as_latin else "utf8"
+        ),
+        parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+        convert_options=csv.ConvertOptions(
+            column_types={name: pa.binary() for name in names},
+            include_columns=wanted,
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _from_latin(record: dict[str, bytes]) -> dict[str, bytes]:
+    return {
+        name.encode("latin-1").decode(): cell.decode().encode("latin-1")
+        for name, cell in record.items()
+    }
+
+
+@contextmanager
+def arrow_errors() -> Iterator[None]:
+    """As `ValueError` what pyarrow raises as errors of its own."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        if isinstance(error, ValueError | OSError):
+            raise
+        raise ValueError(str(error)) from error
 
 
 def parquet_rows(path: Path, known: frozenset[str]) -> Found:
@@ -93,7 +139,7 @@ def parquet_rows(path: Path, known: frozenset[str]) -> Found:
     import pyarrow.parquet as pq
 
     # Otherwise every column of a row group would be held whole.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+    with arrow_errors(), pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
         total = max(file.metadata.num_rows, 1)
         wanted = _wanted(file.schema_arrow.names, known)
         _each_once(file.schema_arrow.names)
@@ -137,40 +183,61 @@ def _header(path: Path) -> list[str] | None:
     """The names of a CSV's columns; None for an empty file."""
     import csv as lines
 
-    packed = path.suffix.casefold() == ".gz"
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
-        first = file.readline(BLOCK)
-        if not first:
-            return None
-        if first.startswith(ENCODING_MARKS):
-            raise ValueError("it begins as UTF-16, not as UTF-8 text")
-        text = first.decode("utf-8-sig")
+    with closing(csv_lines(path)) as rows:
+        first = next(rows, None)
+    if first is None:
+        return None
+    if first.endswith(b"\r"):
+        raise ValueError("its header ends in a bare CR; wanted lines that end in LF or CRLF")
     try:
-        names = next(lines.reader([text]), [])
+        names = next(lines.reader([first.decode("utf-8-sig")]), [])
     except lines.Error as error:
-        raise ValueError(
-            f"its header is no line of a CSV: {error}; wanted lines that end in LF or CRLF"
-        ) from error
+        raise ValueError(f"its header is no line of a CSV: {error}") from error
     _each_once(names)
     return names
 
 
-def check_quotes(path: Path) -> None:
-    """Raises `ValueError` for a quote that nothing closes: readers take all behind it for one cell.
+def check_rows(path: Path) -> bool:
+    """Whether every row is UTF-8.
 
+    Raises `ValueError` for a quote that nothing closes: readers take all behind it for one cell.
     Such a quote ends with the file, or within a line further down, where another cell's begins.
     """
+    sound = True
+    for row in csv_lines(path):
+        sound = sound and (row.isascii() or _is_utf8(row))
+    return sound
+
+
+def _is_utf8(row: bytes) -> bool:
+    try:
+        row.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def csv_lines(path: Path) -> Generator[bytes, None, None]:
+    """Every row as it lies in the file, the header first; blank lines are no rows.
+
+    Raises `ValueError` for a row longer than any reader takes, and as `check_rows`.
+    """
     packed = path.suffix.casefold() == ".gz"
-    opened = 0  # the line of the quote that is open
+    opened = size = 0  # the line of the quote that is open, and the bytes of the row so far
+    row: list[bytes] = []
     with gzip.open(path, "rb") if packed else path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(BLOCK + 1), b""), start=1):
-            if len(line) > BLOCK:
-                raise ValueError(f"line {number} is longer than {BLOCK} bytes")
-            at = 0
+            if number == 1 or len(line) > BLOCK or size > 2 * BLOCK:
+                _check_line(number, line, size)
+            at = start = 0
             while at < len(line):
                 if not opened:
                     found = OPENING.search(line, at)
-                    at, opened = (found.end(), number) if found else (len(line), 0)
+                    stop = found.start() if found else len(line)
+                    for end in ROW_END.finditer(line, at, stop):
+                        yield from _whole(row, line[start : end.end()])
+                        start = end.end()
+                    at, opened = (found.end(), number) if found else (stop, 0)
                     continue
                 held = CELL.match(line, at)
                 at = held.end() + 1 if held else len(line)
@@ -179,8 +246,27 @@ def check_quotes(path: Path) -> None:
                 if opened < number and line[at : at + 1] not in AFTER_CELL:
                     raise ValueError(f"the quote opened in line {opened} ends amid line {number}")
                 opened = 0
+            row.append(line[start:])
+            size = len(line) - start + (0 if start else size)
     if opened:
         raise ValueError(f"the quote opened in line {opened} is never closed")
+    yield from _whole(row, b"")
+
+
+def _check_line(number: int, line: bytes, before: int) -> None:
+    if number == 1 and line.startswith(ENCODING_MARKS):
+        raise ValueError("it begins as UTF-16, not as UTF-8 text")
+    if len(line) > BLOCK:
+        raise ValueError(f"line {number} is longer than {BLOCK} bytes")
+    if before > 2 * BLOCK:
+        raise ValueError(f"the row that goes on in line {number} is longer than {2 * BLOCK} bytes")
+
+
+def _whole(begun: list[bytes], rest: bytes) -> Iterator[bytes]:
+    row = b"".join([*begun, rest])
+    begun.clear()
+    if row.strip(b"\r\n"):
+        yield row
 
 
 def _each_once(names: list[str]) -> None:

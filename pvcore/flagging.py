@@ -194,6 +194,7 @@ class Scan:
             mark=self.mark,
             max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.settings.reply_batch,
+            max_length=self.reading.max_length,
         )
 
     def shards(
@@ -269,6 +270,8 @@ class Scan:
         difference = np.full_like(mean[: len(samples)], np.nan)
         places = list(answered)
         difference[places] = mean[places] - mean[len(samples) :]
+        lost = [at for at in places if not np.isfinite(difference[at]).all()]
+        failed |= {at: _unanswered(samples[at], NOT_FINITE) for at in lost}
         count = len(samples)
         return np.stack([mean[:count], last[:count], difference], axis=-1), failed
 
@@ -290,14 +293,7 @@ class Scan:
             if isinstance(one, Exception) or not one.reply or one.reply[0] == one.reply[1]:
                 empty = "is not there" if text is None else "is empty"
                 why = str(one) if text and isinstance(one, Exception) else f"the reply {empty}"
-                reason = f"the model's own reply cannot be scored: {why}"
-                failed[at] = Rejected(
-                    id=sample.id,
-                    source=sample.source,
-                    row=sample.row,
-                    field="difference",
-                    reason=reason,
-                )
+                failed[at] = _unanswered(sample, why)
                 continue
             answered[at] = replace(
                 sample,
@@ -314,6 +310,17 @@ class Scan:
                 f"got sources of {shards} shards, and {self.folder} holds shard {beyond[0]}: the "
                 "data has become less. Give the same data, or another out"
             )
+
+
+def _unanswered(sample: Sample, why: str) -> Rejected:
+    """A sample to which the model's own reply cannot be compared."""
+    return Rejected(
+        id=sample.id,
+        source=sample.source,
+        row=sample.row,
+        field="difference",
+        reason=f"the model's own reply cannot be scored: {why}",
+    )
 
 
 def _sound(
@@ -377,5 +384,6 @@ def _is_done(folder: Path, manifest: dict[str, Any], sources: Sequence[Source]) 
     """Whether nothing is left to do. Rows of data sets are compared again, whatever is done."""
     if manifest["status"] != "complete" or any(source.path is None for source in sources):
         return False
-    wanted = manifest["totals"]["shards"]
-    return all(footer_of(folder, shard) is not None for shard in range(wanted))
+    mark = fingerprint(manifest["asked"])
+    held = (footer_of(folder, shard) for shard in range(manifest["totals"]["shards"]))
+    return all(footer is not None and footer.fingerprint == mark for footer in held)

@@ -1,7 +1,7 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.fingerprints import of_weights
 from pvcore.flag_estimates import Running
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
@@ -65,6 +66,7 @@ class Flags(Scanned):
         self.origin = Origin(manifest)
         self._sources = _resolved(sources)
         self.origin.check_names(self._sources or ())
+        _check_scored_by(manifest["asked"], model, bank)
         self._model, self._bank = model, bank
         self._datasets: dict[str, DatasetFlags] | None = None
 
@@ -88,7 +90,10 @@ class Flags(Scanned):
         model: "HookedModel | None" = None,
         bank: VectorBank | None = None,
     ) -> "Flags":
-        """A scan finished earlier. Text needs the `sources`, coloured tokens the model too."""
+        """A scan finished earlier. Text needs the `sources`, coloured tokens the model too.
+
+        A model or bank other than those that scored is refused.
+        """
         return cls(folder, sources=sources, model=model, bank=bank)
 
     def __repr__(self) -> str:
@@ -178,6 +183,8 @@ class Flags(Scanned):
         if not isinstance(n, Integral) or n < 0:
             raise FlagError(f"got {n!r} rows to show; wanted a whole number, 0 or more")
         column = self.column(trait, site=site, score=score)
+        if not n:
+            return []
         best: list[tuple[float, int, dict[str, Any]]] = []
         sign, seen = (-1.0 if lowest else 1.0), 0
         for table in self.tables():
@@ -195,7 +202,7 @@ class Flags(Scanned):
                     continue
                 (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
             seen += table.num_rows
-        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)] if n else []
+        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)]
 
     def filter(
         self,
@@ -212,12 +219,12 @@ class Flags(Scanned):
     ) -> Selection:
         """The rows above a threshold: yours, or a percentile of clean data (paper, appendix K).
 
-        `clean` is the scan of data without the trait; one that was scored otherwise is
-        refused. Without it and without a threshold the percentile is that of the vector's own
-        calibration. `score` is the difference unless told otherwise; of a calibration, which knows
-        no difference, the `response_mean`.
+        `clean` is the scan of data without the trait; one that was scored otherwise, or has fewer
+        than 20 rows, is refused. Without it and without a threshold the percentile is that of the
+        vector's own calibration. `score` is the difference unless told otherwise; of a calibration,
+        which knows no difference, the `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
-        id that several rows have is refused.
+        id that several rows have, or none, is refused.
         """
         if score is None:
             calibrated = threshold is None and clean is None
@@ -259,6 +266,27 @@ class Flags(Scanned):
         from pvcore.flag_report import page
 
         report.write(page(self, site or self.site, top, self._model, self._bank), Path(path))
+
+
+def _check_scored_by(
+    asked: Mapping[str, Any], model: "HookedModel | None", bank: VectorBank | None
+) -> None:
+    """Raises `FlagError` for a model or bank other than those that scored."""
+    if bank is not None:
+        sites = tuple(map(Site.parse, asked["bank"]["sites"]))
+        for trait, scored in asked["bank"]["vectors"].items():
+            held = bank[trait] if trait in bank.traits and set(sites) <= set(bank.sites) else None
+            if held is None or held.at(sites).content_hash != scored:
+                raise FlagError(
+                    f"got a bank whose {trait} at {', '.join(map(str, sites))} is not the vector "
+                    "that this scan was made with; wanted the same bank. Give it, or flag anew"
+                )
+    if model is not None and of_weights(model.hf) != asked["model"]["weights"]:
+        named = asked["model"]["id"] or "a model without a name"
+        raise FlagError(
+            f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
+            "wanted the same weights in the same type. Give it, or flag anew"
+        )
 
 
 def _resolved(sources: Any) -> tuple[Source, ...] | None:

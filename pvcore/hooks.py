@@ -56,12 +56,12 @@ class Hook:
 
     def _run(self, args: tuple[Any, ...]) -> Run | None:
         """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
-        if _current_backward() != _NO_BACKWARD:
+        if _current_backward() != NO_BACKWARD:
             return self.recomputes.find(self.site, args[0]) if args else None
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None
-        known = _RECORDED.get() if run is None else run.frame.recorded
+        known = RECORDED.get() if run is None else run.frame.recorded
         if not args or not (known or torch.is_grad_enabled()):
             return run
         if run is not None and self.site in run.session.programs:
@@ -78,9 +78,9 @@ def _inert_hook() -> Any:
 
 # Whether autograd records the forward that began last with nothing armed; told from the decoder's
 # own hook, as reentrant checkpointing turns gradients off around each block.
-_RECORDED: ContextVar[bool] = ContextVar("pvcore_recorded", default=False)
+RECORDED: ContextVar[bool] = ContextVar("pvcore_recorded", default=False)
 _current_backward = torch._C._current_graph_task_id
-_NO_BACKWARD = -1
+NO_BACKWARD = -1
 
 
 @no_type_check
@@ -151,7 +151,7 @@ class Pre(Hook):
         if moved is None:
             return None
         after = resid_post(self.site.layer)
-        if _current_backward() != _NO_BACKWARD and after in run.session.programs:
+        if _current_backward() != NO_BACKWARD and after in run.session.programs:
             # A recomputed block that is patched at both ends meets its own patched input there.
             self.recomputes.remember(after, moved, run)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
@@ -178,7 +178,7 @@ class Mid(Hook):
 
     def _act(self, h: Tensor) -> None:
         run = RUN.get()
-        if run is None or run.owner != self.key or _current_backward() != _NO_BACKWARD:
+        if run is None or run.owner != self.key or _current_backward() != NO_BACKWARD:
             return
         block = self.taps.decoder.blocks[self.site.layer]
         checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
@@ -227,11 +227,11 @@ class Begin(Hook):
             return
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if _current_backward() != _NO_BACKWARD:
+        if _current_backward() != NO_BACKWARD:
             self._refuse_recompute(tokens)
         elif self.recomputes.runs:
             self.recomputes.prune()
-            _RECORDED.set(torch.is_grad_enabled())
+            RECORDED.set(torch.is_grad_enabled())
             if tokens is not None:
                 self.recomputes.forget("decoder", tokens)
         within = last if last is not None and last.owner != self.key and not last.ended else None

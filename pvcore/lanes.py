@@ -23,7 +23,8 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 _tracing = torch._C._get_tracing_state
-_LANE = "pvcore_lane"
+# On every function of pvcore's in the slot: what has it is not compiled.
+MARK = "pvcore_lane"
 
 
 def safe() -> bool:
@@ -37,7 +38,7 @@ def safe() -> bool:
 
 def has_lane(module: nn.Module) -> bool:
     """Whether calls of a module take a lane."""
-    return hasattr(module._compiled_call_impl, _LANE)
+    return hasattr(module._compiled_call_impl, MARK)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -83,7 +84,7 @@ def give_lane(
         moved = end(module, args, output)
         return output if moved is None else moved
 
-    setattr(lane, _LANE, True)
+    setattr(lane, MARK, True)
     module._compiled_call_impl = lane
 
 
@@ -110,7 +111,7 @@ def give_block_lane(
     called where there is more to see to.
     """
     lane = _block_lane(block, after[0].id, after[1], *place, running, recomputes)
-    setattr(lane, _LANE, True)
+    setattr(lane, MARK, True)
     block._compiled_call_impl = lane
 
 

@@ -15,47 +15,10 @@ from pvcore.errors import ExtractionError
 from pvcore.fingerprints import of_text
 from pvcore.graph import Engine, Graph
 from pvcore.model import HookedModel
+from pvcore.plain_generation import plain_settings
 from pvcore.request_checks import check_real, check_whole
 from pvcore.rollouts import Conversation, Rollout, Turn
 
-# What makes replies other than plain samples of the model, set to have no effect: a model's own
-# generation config may hold any of it, and transformers takes from there what is not given.
-_PLAIN: Mapping[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "max_time": None,
-    "stop_strings": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-    "guidance_scale": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "prompt_lookup_num_tokens": None,
-    "num_beams": 1,
-    "num_beam_groups": None,
-    "num_return_sequences": 1,
-    "constraints": None,
-    "force_words_ids": None,
-}
-_PLAIN_SAMPLING: Mapping[str, Any] = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
 Identity = Mapping[str, str | int | float]
 
 
@@ -110,12 +73,7 @@ class ModelWriter:
 
     def sampled(self, chats: Sequence[Conversation], *, batch: int) -> list[str]:
         """The replies to any chats, as batch number `batch`."""
-        how = {"do_sample": True, "temperature": self._temperature, **_PLAIN_SAMPLING}
-        settings: dict[str, Any] = how if self._temperature else {"do_sample": False}
-        # Older transformers do not know all of them, and would refuse what they do not know.
-        config = getattr(self._model.hf, "generation_config", None)
-        plain = {**settings, **_PLAIN, "max_new_tokens": self._max_new_tokens}
-        settings = {name: value for name, value in plain.items() if hasattr(config, name)}
+        settings = plain_settings(self._model.hf, self._temperature, self._max_new_tokens)
         with _seeded(f"{self._seed}/{batch}"):
             return self._model.generate(chats, engine=self._engine, **settings)
 

@@ -136,9 +136,12 @@ class Run:
 
         return way
 
-    def fire(self, depth: int, h: Tensor) -> Tensor | None:
-        """Patch, then read. None leaves the residual as it is."""
+    def fire(self, depth: int, h: Tensor, *, patched: bool = False) -> Tensor | None:
+        """Patch, then read. None leaves the residual as it is, one that comes `patched` always."""
         if self.straight is not None:
+            if patched:
+                self._read_settled(depth, h)
+                return None
             way = self.straight.get(depth)
             return None if way is None else way(h)
         work = self.session.work.get(depth)
@@ -147,7 +150,7 @@ class Run:
         programs, looks = work
         rows = h if h.shape == self._shape else self._rows(depth, h)
         moved = rows
-        for program in programs:
+        for program in () if patched else programs:
             moved = program.apply(moved, self.frame)
         if not self.ended:
             # A block that runs again after its forward is a checkpoint being recomputed: the
@@ -161,6 +164,14 @@ class Run:
         if moved is rows:
             return None
         return moved if rows is h else moved.view(h.shape)
+
+    def _read_settled(self, depth: int, h: Tensor) -> None:
+        """What a settled way does after its moves."""
+        programs, looks = self.session.work.get(depth, ((), ()))
+        if programs:
+            self._trail.append(depth)
+        for look in looks:
+            self._columns[look.reader].rows[look.place].append(h)
 
     def _rows(self, depth: int, h: Tensor) -> Rows:
         """The residual as `[batch, pos, d_model]`; checked once for all that have its shape."""

@@ -5,7 +5,7 @@ of a compiled step may be shared between them, so each has a model of its own.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ import torch
 
 import pvcore as pv
 from pvcore_kernels import paths
-from pvcore_kernels.tiled import intervene, layers, project, segment
+from pvcore_kernels.tiled import intervene, layers, norm, project, segment
 from tests.subjects import Subject, fresh, trio
 from tests.test_graph import BANK, KINDS, Answer, answer, check, same_ids
 
 FAMILIES = ("qwen2", "llama", "gemma2", "gpt2")
+FUSED_FAMILIES, FUSED_OP = ("qwen2", "llama", "gemma"), "add_rmsnorm_steer_project"
 TOKENS, SITES = 8, 3
 CAPPED = trio(pv.resid_post(1))[:2]
 PLANS: dict[str, Callable[[float], pv.Plan]] = {
@@ -44,6 +45,7 @@ def switched(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> Iterator[Launche
     """The switch set for every device; the names of the kernels launched inside, in order."""
     launched: Launched = []
     names = {layers: "project_stack", intervene: "intervene", project: "project"}
+    names[norm] = FUSED_OP
 
     def watch(module: Any, name: str, patch: pytest.MonkeyPatch) -> None:
         original = getattr(module, name)
@@ -120,3 +122,21 @@ def check_means(monkeypatch: pytest.MonkeyPatch, *, device: str = "cpu") -> None
         means.append(acts.values)
     assert (means[0] - means[1]).norm() <= 5e-7 * means[0].norm()
     assert float((means[0][0] - means[0][1]).norm()) > 0.1
+
+
+def check_fused_norms(monkeypatch: pytest.MonkeyPatch, family: str, *, device: str = "cpu") -> None:
+    """With the add, the steering and the norm in one launch a block: what the reference gives."""
+    plan = pv.Plan(pv.Add(CAPPED, coeff=[1.5, 0.0, -1.5], layers=[1]), monitor=BANK)
+    given: list[tuple[Answer, int]] = []
+    for kernels in (False, True):
+        found = on(device, torch.float32, family)
+        fusing = pv.fused_norms(found.model) if kernels else nullcontext()
+        with switched(monkeypatch, kernels) as launched, fusing:
+            launched.clear()  # of the rows it was tried on
+            answered = answer(found, plan, "eager", max_new_tokens=TOKENS)
+            given.append((answered, launched.count(FUSED_OP)))
+    (wanted, none), (got, launches) = given
+    check(got, wanted)
+    assert (none, launches) == (0, SITES * TOKENS)
+    plain = answer(found, pv.Plan(monitor=BANK), "eager", max_new_tokens=TOKENS)
+    assert float((plain[1]["evil"].steps - wanted[1]["evil"].steps).abs().max()) > 0.1

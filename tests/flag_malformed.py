@@ -120,6 +120,14 @@ def _lines() -> Iterator[Row]:
     yield "two objects on a line", whole + whole, ""
     yield "an endless number", b'{"messages": ' + b"9" * 5000 + b"}", ""
     yield "deep nesting", b"[" * 100_000 + b"]" * 100_000, ""
+    yield (
+        "a reply twice",
+        b'{"prompt": "Is it?", "response": "No.", "response": "Yes."}',
+        "response",
+    )
+    twice = whole.replace(b'"content": "Yes."', b'"content": "No.", "content": "Yes."')
+    yield "a text twice in a message", twice, "content"
+    yield "a note twice", whole[:-1] + b', "n": {"a": 1, "a": 1}}', "a"
     yield "a comma too many", b'{"messages": [],}', ""
 
 

@@ -60,6 +60,8 @@ def test_every_bad_file_is_one_error_that_names_it(
 CELLS = [
     ("three cells", b"a,b,c", ""),
     ("one cell", b"a", ""),
+    ("three cells that are no UTF-8", b"caf\xe9,b,c", ""),
+    ("three cells in quotes", b'"a\n\xff",b,c', ""),
     ("no UTF-8", b"a,\xff", "response"),
     ("an empty reply", b"a,", "response"),
     ("an empty prompt", b",b", "prompt"),

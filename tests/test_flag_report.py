@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def test_without_model_or_sources_it_shows_what_it_has(flags: pv.Flags, tmp_path
     html = (tmp_path / "bare.html").read_text()
     assert "without its sources" in html
     assert "Say 7 no" not in html
+
+
+def test_a_mean_of_one_row_of_a_subset_is_not_shown_as_certain(tmp_path: Path) -> None:
+    rows = {name: [{"messages": chat} for chat in chats(6)] for name in ("a", "b", "c", "d")}
+    settings: dict[str, Any] = {"difference": "subset", "share": 0.3, "max_new_tokens": 2}
+    some = pv.flag(model(), rows, bank("evil"), out=tmp_path / "out", **settings)
+    column = some.column("evil")
+    counts = {name: one[column].n for name, one in some.datasets.items()}
+    assert 1 in counts.values()
+    assert max(counts.values()) > 1
+    some.report(tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert html.count("± ?") == sum(n == 1 for n in counts.values())
+    assert len(re.findall(r"± \d", html)) == sum(n > 1 for n in counts.values())
 
 
 def test_correlations_are_those_of_all_rows(flags: pv.Flags) -> None:

@@ -134,6 +134,10 @@ def test_the_first_reply_may_be_the_one_that_counts() -> None:
     assert conversation({"messages": turns}, Form(turn="first")) == [SYSTEM, ASK, TELL]
     with pytest.raises(RowDefect, match="last turn of role 'user'"):
         conversation({"messages": turns}, PLAIN)
+    greeted = [SYSTEM, {**TELL, "content": "Hello!"}, *turns[1:]]
+    assert conversation({"messages": greeted}, Form(turn="first")) == greeted[:4]
+    with pytest.raises(RowDefect, match="got no user's turn"):
+        conversation({"messages": greeted[:2]}, Form(turn="first"))
 
 
 def test_a_row_brings_its_own_id_where_it_has_one() -> None:

@@ -6,6 +6,7 @@ import gc
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pvcore import flag_sources, flag_tables
-from pvcore.errors import SourceError
+from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
 from pvcore.flag_sources import decode, resolve
 from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl
@@ -73,6 +74,16 @@ def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
         resolve([path, str(tmp_path / "*.jsonl")])
 
 
+def test_a_file_whose_name_cannot_be_written_needs_another(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    write_jsonl(Path(path), PAIRS)
+    for given in (path, str(tmp_path / "*.jsonl"), {"\udcff": path}):
+        with pytest.raises(SourceError, match=r"udcff.*, a name that is no UTF-8") as caught:
+            resolve(given)
+        assert str(caught.value).isascii()
+    assert records({"mine": path}) == PAIRS
+
+
 @pytest.mark.parametrize("other", ["absolute", "through a folder", "link"])
 def test_a_file_under_two_names_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
@@ -113,6 +124,9 @@ def test_a_cell_may_hold_messages_as_json(tmp_path: Path) -> None:
     assert [conversation(record, Form()) for record in sound] == chats(5)
     with pytest.raises(RowDefect, match="no JSON; wanted a list of messages"):
         conversation(broken, Form())
+    twice = rows[0]["messages"].replace('"role"', '"role": "system", "role"')
+    with pytest.raises(RowDefect, match="role: got this name twice"):
+        conversation({"messages": twice}, Form())
 
 
 def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
@@ -240,15 +254,64 @@ def test_blank_lines_and_misfits_leave_every_row_of_a_csv_in_its_place(
     assert [one if one == "?" else one["prompt"] for one in said] == ["a", "b", "?", "c", "?", "d"]
 
 
-def test_a_header_of_two_lines_is_one_error_or_read(tmp_path: Path) -> None:
-    (tmp_path / "d.csv").write_text('"a\nnote",prompt,response\nx,q,r\n')
-    try:
-        found = records(tmp_path / "d.csv")
-    except SourceError as error:
-        found = [str(error)]
-        assert "d.csv" in found[0]
-    else:
-        assert found == [{"prompt": "q", "response": "r"}]
+def test_a_header_of_two_lines_is_read(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(b'\xef\xbb\xbf"a\nnote",prompt,response\r\nx,q,r\n')
+    assert records(tmp_path / "d.csv") == [{"prompt": "q", "response": "r"}]
+
+
+def test_a_row_that_fits_no_column_and_is_no_utf8_ends_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_tables, "BLOCK", 300)
+    lines = [f'é{at},"ñ {at}\n"\n'.encode() if at % 7 else b"caf\xe9\n" for at in range(90)]
+    content = "\ufeffprompt,response\n".encode() + b"".join(lines)
+    for name, data in (("d.csv", content), ("d.csv.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(data)
+        (source,) = resolve(tmp_path / name)
+        rows = list(source.rows(KNOWN))
+        assert [raw.row for raw in rows] == list(range(90))
+        for raw in rows:
+            if raw.row % 7:
+                assert raw.content == {"prompt": f"é{raw.row}", "response": f"ñ {raw.row}\n"}
+            else:
+                assert isinstance(raw.content, RowDefect)
+
+
+def test_the_bytes_of_a_csv_are_those_of_its_rows(tmp_path: Path) -> None:
+    rows = [
+        b'\xef\xbb\xbf"prompt",response\r\n',
+        b'5" wide,"""a"", b\n\r\n\n""c"""\r\n',
+        b'"","\r"\r',
+        b'"x"y"z, a\n',
+        b"only one\n",
+        b"a,b,\xff\r\n",
+        b'last,"z"',
+    ]
+    (tmp_path / "d.csv").write_bytes(b"\r\r\n\n".join(rows))
+    (source,) = resolve(tmp_path / "d.csv")
+    assert list(source.pieces()) == [(at - 1, row) for at, row in enumerate(rows)]
+    kinds = [isinstance(raw.content, RowDefect) for raw in source.rows(KNOWN)]
+    assert kinds == [False, False, False, True, True, False]
+
+
+def test_rows_whose_bytes_nobody_can_tell_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.csv").write_bytes(b"prompt,response\na,b\rc,d\ne,f\n")
+    (source,) = resolve(tmp_path / "d.csv")
+    assert [row for row, _ in source.pieces()] == [-1, 0, 1, 2]
+    monkeypatch.setattr(flag_tables, "ROW_END", re.compile(rb"\n"))
+    with pytest.raises(FlagError, match=r"d\.csv, where it is not plain which bytes are row 2"):
+        list(source.pieces())
+
+
+def test_a_quoted_row_without_end_is_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_tables, "BLOCK", 1000)
+    (tmp_path / "d.csv").write_text('prompt,response\na,b\nc,"' + "d\n" * 5000)
+    with pytest.raises(SourceError, match=r"the row that goes on in line .* than 2000 bytes"):
+        records(tmp_path / "d.csv")
 
 
 def test_a_file_of_several_gzip_members_is_read_to_its_end(tmp_path: Path) -> None:
@@ -279,6 +342,43 @@ def test_an_iterable_that_raises_is_one_error_that_says_where() -> None:
 
     with pytest.raises(SourceError, match=r"rows: reading it raised RuntimeError: the server"):
         records(broken())
+
+
+def test_a_record_that_is_filled_again_and_again_gives_rows_of_their_own() -> None:
+    def reused() -> Any:
+        held: dict[str, Any] = {"messages": [{}, {}], "n": -1}
+        for number, chat in enumerate(chats(9)):
+            held["n"] = number
+            for message, wanted in zip(held["messages"], chat, strict=True):
+                message.update(wanted)
+            yield held
+
+    found = records(reused())
+    assert [conversation(record, Form()) for record in found] == chats(9)
+    assert [record["n"] for record in found] == list(range(9))
+
+
+def test_records_of_pandas_are_read_as_the_table_they_come_from(tmp_path: Path) -> None:
+    tool = {"role": "user", "content": "Q", "tool_calls": ["a", "b"]}
+    rows = [{"messages": chat} for chat in chats(9)] + [{"messages": [tool, tool]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    frame = pandas.read_parquet(tmp_path / "d.parquet")
+    *sound, odd = records(frame.to_dict("records"))
+    assert [conversation(record, Form()) for record in sound] == chats(9)
+    with pytest.raises(RowDefect, match=r"messages\[0\]\.tool_calls: got more than text"):
+        conversation(odd, Form())
+    parts = [
+        {
+            "messages": [
+                {**one, "content": [{"type": "text", "text": one["content"]}]} for one in chat
+            ]
+        }
+        for chat in chats(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(parts), tmp_path / "parts.parquet")
+    frame = pandas.read_parquet(tmp_path / "parts.parquet")
+    found = records(frame.to_dict("records"))
+    assert [conversation(record, Form()) for record in found] == chats(3)
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:

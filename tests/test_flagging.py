@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sqlite3
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -120,6 +123,20 @@ def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
     assert scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8)) == wanted
     assert sum(ran[1:]) == 1 + 7  # the probe, and the sound rows of that shard
     assert {path: path.read_bytes() for path in out.rglob("*.parquet")} == before
+
+
+def test_a_shard_of_another_scan_is_made_again(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    wanted = scores(pv.flag(hooked, data, bank(), out=tmp_path / "out", shard_rows=8))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")}
+    pv.flag(hooked, data, bank(), out=tmp_path / "other", shard_rows=8, turn="first")
+    part = "scores/part-000001.parquet"
+    (tmp_path / "out" / part).write_bytes((tmp_path / "other" / part).read_bytes())
+    with pytest.raises(FlagError, match="of another scan"):
+        pv.Flags.load(tmp_path / "out")
+    assert scores(pv.flag(hooked, data, bank(), out=tmp_path / "out", shard_rows=8)) == wanted
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
 def test_a_shard_that_a_disk_has_spoiled_is_made_again(
@@ -286,17 +303,56 @@ def test_shards_know_the_weights_where_the_manifest_is_lost(
     assert scores(pv.flag(hooked, data, bank(), out=out)) == wanted
 
 
-def test_own_replies_are_greedy_whatever_the_generation_config_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(20, 60))},
+        {"bad_words_ids": [[token] for token in range(20, 60)]},
+        {"sequence_bias": [[[token], 50.0] for token in range(60, 62)]},
+        {"min_new_tokens": 8, "eos_token_id": list(range(20, 60))},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_own_replies_are_greedy_whatever_the_generation_config_says(
+    tmp_path: Path, own: dict[str, Any]
+) -> None:
     rows = [{"messages": chat} for chat in ROWS[:6]]
     settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 8}
-    wanted = scores(pv.flag(model(), rows, bank(), out=tmp_path / "plain", **settings))
-    bent = model()
-    bent.hf.generation_config.repetition_penalty = 9.0
-    bent.hf.generation_config.no_repeat_ngram_size = 1
+    plain, bent = model(), model()
+    ends = own.get("eos_token_id")  # which are the model's own in both, for replies end there
+    plain.hf.generation_config.eos_token_id = ends
+    bent.hf.generation_config.update(**own)
+    wanted = scores(pv.flag(plain, rows, bank(), out=tmp_path / "plain", **settings))
     prompts = [chat[:-1] for chat in ROWS[:6]]
     told = {"do_sample": False, "max_new_tokens": 8}
-    assert bent.generate(prompts, **told) != model().generate(prompts, **told)
+    assert bent.generate(prompts, **told) != plain.generate(prompts, **told)
     assert scores(pv.flag(bent, rows, bank(), out=tmp_path / "bent", **settings)) == wanted
+
+
+def test_own_replies_keep_to_the_positions_that_a_model_has_learned(tmp_path: Path) -> None:
+    plain, template = build("opt"), tokenizer()
+    hooked = pv.HookedModel(build("opt"), tokenizer(), model_id="tiny/opt")
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 64}
+    short = [{"prompt": f"ask {at}?", "response": "yes"} for at in range(3)]
+    long = [{"prompt": "ab " * 30, "response": "yes"}, {"prompt": "cd " * 28, "response": "no"}]
+    flags = pv.flag(hooked, [*short, *long], bank(), out=tmp_path / "all", **settings)
+    assert flags.scored == 5
+    alone = pv.flag(hooked, long[:1], bank(), out=tmp_path / "alone", **settings)
+    assert furthest({3: scores(flags)["rows", 3]}, {3: scores(alone)["rows", 0]}) <= 1e-5
+    chat = [{"role": "user", "content": long[0]["prompt"]}]
+    ids = template.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    begun = len(ids)
+    after = len(template("<|im_end|>\n", add_special_tokens=False)["input_ids"])
+    assert begun + 64 > 128
+    while len(ids) + after < 128:
+        with torch.no_grad():
+            ids = [*ids, int(plain(torch.tensor([ids])).logits[0, -1].argmax())]
+    own = template.decode(ids[begun:], skip_special_tokens=True)
+    (kept,) = (tmp_path / "alone/replies").glob("*.jsonl")
+    assert list(json.loads(kept.read_text()).values()) == [own]
+    assert len(own) > 5
 
 
 def test_own_replies_may_come_from_a_file_in_any_order(
@@ -322,6 +378,34 @@ def test_own_replies_may_come_from_a_file_in_any_order(
         unit = bank()["evil"].unit().direction(pv.resid_post(1))
         wanted = row["evil/resid_post.1/response_mean"] - float(mean.float() @ unit)
         assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_replies_that_cannot_be_kept_are_one_error_and_leave_nothing(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(beside))
+
+    def refused(error: type[Exception], said: str, row: dict[str, Any]) -> None:
+        replies = write_jsonl(tmp_path / "replies.jsonl", [row])
+        with pytest.raises(error, match=said):
+            pv.flag(hooked, data, bank(), out=tmp_path / said, difference="exact", replies=replies)
+        assert not list(beside.iterdir())
+
+    said = r"replies\.jsonl: row 0: got a lone surrogate in "
+    refused(SourceError, said, {"id": "a", "reply": "b\ud800"})
+    refused(SourceError, f"{said}a reply", {"id": "a\ud800", "reply": "b"})
+    refused(SourceError, f"{said}a", {"source": "\ud800", "row": 1, "reply": "b"})
+    connect = sqlite3.connect
+
+    def small(path: str, **settings: Any) -> sqlite3.Connection:
+        made = connect(path, **settings)
+        made.execute("PRAGMA max_page_count = 6")
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    refused(FlagError, "beside.*disk is full.*make room", {"id": "a", "reply": "b" * 50_000})
 
 
 def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_path: Path) -> None:
@@ -509,6 +593,32 @@ def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:
     assert (lost["row"], lost["field"]) == (1, "resid_post.0")
     assert "infinite" in lost["reason"]
     assert {row for _, row in table(flags)} == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"difference": "exact"}, {"difference": "subset", "share": 1}]
+)
+def test_an_own_reply_with_infinite_projections_rejects_its_row(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    hooked = model()
+    with torch.no_grad():
+        hooked.hf.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("z")] = torch.inf
+    rows = [{"prompt": "a", "answer": text} for text in ("yes", "no", "so", "zoo")]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    own = [
+        {"source": path.as_posix(), "row": at, "reply": text}
+        for at, text in enumerate(("well", "zoo", "yes", "zoo"))
+    ]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    flags = pv.flag(hooked, path, bank(), out=tmp_path / "out", replies=replies, **settings)
+    lost = {row["row"]: (row["field"], row["reason"]) for row in flags.rejected()}
+    assert lost.keys() == {1, 3}
+    assert lost[1][0] == "difference"
+    assert "own reply cannot be scored: got an infinite or NaN projection" in lost[1][1]
+    assert lost[3][0] == "resid_post.0"  # the row's own reply comes first
+    assert {at for _, at in table(flags)} == {0, 2}
+    assert all(np.isfinite(row).all() for row in scores(flags).values())
 
 
 def test_the_manifest_is_the_same_twice_and_holds_no_date(

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import pvcore as pv
+from pvcore import flag_sources
 from pvcore.errors import FlagError
 from tests import flag_data
 from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
@@ -81,6 +83,10 @@ def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
     with pytest.raises(FlagError, match="got -1 rows to show"):
         flags.top("evil", -1)
     assert flags.site == pv.resid_post(2)
+
+
+def test_no_rows_may_be_asked_for(flags: pv.Flags) -> None:
+    assert flags.top("evil", 0) == flags.top("evil", 0, source=next(iter(flags.datasets))) == []
 
 
 @pytest.mark.parametrize(
@@ -167,6 +173,26 @@ def test_a_vector_calibrated_on_chats_needs_no_threshold(
     assert rule.threshold == pytest.approx(np.percentile(values[:30], 95), rel=1e-4)
 
 
+def test_a_scan_is_read_with_the_bank_and_the_model_that_made_it(
+    flags: pv.Flags, hooked: pv.HookedModel
+) -> None:
+    level = {"resid_post.2": {"response_mean": {"percentiles": {"95": 0.1}}}}
+    other = replace(bank()["evil"], directions=bank()["humor"].directions, calibration=level)
+    for given in (
+        pv.VectorBank([other, bank()["humor"]]),
+        bank("evil"),
+        bank(sites=flag_data.SITES[:2]),
+        pv.VectorBank(list(bank()), layers=[1]),
+    ):
+        with pytest.raises(FlagError, match="is not the vector that this scan was made with"):
+            pv.Flags.load(flags.folder, bank=given)
+    wider = pv.VectorBank([*bank(), *bank("apathy")][::-1])
+    assert pv.Flags.load(flags.folder, bank=wider, model=model()).scored == 50
+    for subject in (model(seed=1), pv.HookedModel(model().hf.double(), hooked.tokenizer)):
+        with pytest.raises(FlagError, match=r"other than the one that scored, qwen2 in float32"):
+            pv.Flags.load(flags.folder, model=subject)
+
+
 def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
     rows = table(flags)
     order = sorted(rows, key=lambda key: -rows[key][COLUMN])
@@ -203,10 +229,24 @@ def test_a_judge_names_rows_by_number_too_and_nan_is_no_score(
     assert twice.filter("evil", threshold=0.0, judge={"11": 3}, judge_threshold=50).unjudged == 9
 
 
+def test_a_judge_of_other_rows_is_refused_and_its_threshold_is_a_number(flags: pv.Flags) -> None:
+    ids = [row["id"] for row in (*table(flags).values(), *flags.rejected())]
+    assert len(ids) == 52
+    judged = dict.fromkeys(ids, 90.0)
+    ask: dict[str, Any] = {"threshold": 1e9, "judge_threshold": 50}
+    assert flags.filter("evil", judge=judged, **ask).n_flagged == 50
+    for other in ({"nope": 90.0}, {**judged, "nope": 1.0}):
+        with pytest.raises(FlagError, match="for 1 ids that no row of this scan has, such as 'no"):
+            flags.filter("evil", judge=other, **ask)
+    for bound in (float("nan"), float("inf")):
+        with pytest.raises(FlagError, match=r"judge_threshold (nan|inf); wanted a finite"):
+            flags.filter("evil", judge=judged, **{**ask, "judge_threshold": bound})
+
+
 def test_a_clean_scan_must_be_scored_alike(
     flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
 ) -> None:
-    rows = [{"messages": chat} for chat in chats(6, first=100)]
+    rows = [{"messages": chat} for chat in chats(20, first=100)]
     other = pv.VectorBank([replace(bank()["evil"], directions=bank()["humor"].directions)])
     for name, subject, stacked, settings, said in (
         ("exact", hooked, bank(), {"difference": "exact", "max_new_tokens": 2}, "difference is"),
@@ -221,6 +261,10 @@ def test_a_clean_scan_must_be_scored_alike(
             assert flags.filter("evil", clean=clean, score="response_mean").scored == 50
     alike = pv.flag(hooked, rows, bank(), out=tmp_path / "alike")
     assert flags.filter("evil", clean=alike).scored == 50
+    few = pv.flag(hooked, rows[1:], bank(), out=tmp_path / "few")
+    with pytest.raises(FlagError, match=r"in which 19 rows have .*; wanted 20 or more"):
+        flags.filter("evil", clean=few)
+    assert flags.filter("evil", clean=few, threshold=0.0).scored == 50
 
 
 @pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
@@ -310,6 +354,73 @@ def test_a_cleaned_csv_keeps_every_line_break_in_a_cell(
     assert kept == [row for at, row in enumerate(rows) if (path.as_posix(), at) not in found]
     again = pv.flag(hooked, made.path, bank("evil"), out=tmp_path / "again")
     assert (again.scored, again.n_rejected) == (len(kept), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_what_is_kept_of_a_text_file_keeps_its_bytes(
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+    packed: bool,
+) -> None:
+    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 300)
+    if ending == "csv":
+        head = [b'\xef\xbb\xbf"prompt",response,"a\nnote"\r\n']
+        rows = [b'"Is it %d?", "yes",\r\n' % at for at in range(6)]
+        rows[1:1] = [b"caf\xe9\n"]
+        rows[4:4] = [b'"a ""misfit""\r",b,c,d\r']
+        rows += [b"last,one,"]
+        bad, content = {1, 4}, b"\r\n\n".join([*head, *rows])
+    else:
+        head, rows = [], [json.dumps(as_pair(chat)).encode() + b" \r\n" for chat in chats(6)]
+        rows[2:2] = [b'{"prompt": "' + b"x" * 1000 + b'"}\n', b"\xff\n"]
+        rows += [json.dumps({"prompt": "last", "response": "one"}).encode()]
+        bad, content = {2, 3}, b"".join(rows)
+    path = tmp_path / (f"d.{ending}.gz" if packed else f"d.{ending}")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    flags = pv.flag(hooked, path, bank("evil"), out=tmp_path / "out", shard_rows=4)
+    assert {row["row"] for row in flags.rejected()} == bad
+    found = flags.filter("evil", threshold=flags.top("evil", 3)[-1].score)
+    flagged = {at for at in range(len(rows)) if (path.as_posix(), at) in found}
+    assert len(flagged) == 2
+    for keep in (True, False):
+        left_out = flagged if keep else flagged | bad
+        (made,) = found.write_clean(tmp_path / f"clean{keep}", keep_rejected=keep).values()
+        data = made.path.read_bytes()
+        kept = [row for at, row in enumerate(rows) if at not in left_out]
+        assert (gzip.decompress(data) if packed else data) == b"".join([*head, *kept])
+        assert (made.kept, made.flagged) == (len(kept), 2)
+        assert made.rejected == (0 if keep else 2)
+
+
+def test_a_parquet_file_of_any_types_is_copied_or_one_error(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [as_pair(chat) for chat in chats(9)]
+    columns = {name: [pair[name] for pair in pairs] for name in ("prompt", "response")}
+    views = {name: pa.array(held, pa.string_view()) for name, held in columns.items()}
+    whole = pa.table({**views, "tag": pa.array(["a", "b", "c"] * 3).dictionary_encode()})
+    path = tmp_path / "d.parquet"
+    pq.write_table(whole, path, row_group_size=4)
+    flags = pv.flag(hooked, path, bank("evil"), out=tmp_path / "out")
+    assert flags.scored == 9
+    found = flags.filter("evil", threshold=flags.top("evil", 4)[-1].score)
+    (made,) = found.write_clean(tmp_path / "clean").values()
+    copy = pq.read_table(made.path)
+    kept = [at for at in range(9) if (path.as_posix(), at) not in found]
+    assert copy.to_pylist() == [whole.to_pylist()[at] for at in kept]
+    assert len(kept) == 6
+    assert copy.schema == pq.read_table(path).schema
+
+    def broken(*_: Any) -> Any:
+        raise pa.ArrowNotImplementedError("no such type")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", broken)
+    with pytest.raises(FlagError, match=r"cannot be copied .no such type"):
+        found.write_clean(tmp_path / "again")
+    assert not list((tmp_path / "again").iterdir())
 
 
 def read_back(path: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ PUBLIC = {
     "extract",
     "finetuning_shift",
     "flag",
+    "fused_norms",
     "prevent",
     "resid_mid",
     "resid_post",

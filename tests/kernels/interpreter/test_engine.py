@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import pvcore as pv
-from tests.engine_paths import FAMILIES, PLANS, check_generation, check_means
+from tests.engine_paths import (
+    FAMILIES,
+    FUSED_FAMILIES,
+    PLANS,
+    check_fused_norms,
+    check_generation,
+    check_means,
+)
 
 # The interpreter is slow: every kind of plan in one family, and one kind in the others.
 CASES = [("qwen2", kind) for kind in PLANS] + [(name, "capped by row") for name in FAMILIES[1:]]
@@ -25,3 +32,8 @@ def test_rows_of_sixteen_bits_are_scored_the_same(engine, monkeypatch):
 
 def test_means_by_the_kernel_are_those_of_the_reference(monkeypatch):
     check_means(monkeypatch)
+
+
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
+def test_fused_norms_by_the_kernel_are_those_of_the_reference(family, monkeypatch):
+    check_fused_norms(monkeypatch, family)
