@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,15 @@ from torch import Tensor
 import pvcore as pv
 from pvcore.errors import HookError
 from pvcore.flag_rows import Form
-from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer, packed, pool, pool_packed
+from pvcore.flag_scan import (
+    FORWARD,
+    LAST_PROMPT_TOKEN,
+    RESPONSE_MEAN,
+    Scorer,
+    packed,
+    pool,
+    pool_packed,
+)
 from pvcore.flag_settings import reading_of
 from pvcore.flag_sources import resolve
 from pvcore.flag_tokens import Sample
@@ -88,6 +97,32 @@ def test_batches_keep_to_their_budget_and_hold_every_sample_once() -> None:
     assert len(list(packed(found, 10**6))) == 1
     lengths = [length for batch in packed(found, 64) for length in batch.lengths]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_batches_are_cut_where_that_costs_least() -> None:
+    found = samples(model())[:9]
+    lengths = sorted((len(one.ids) for one in found), reverse=True)
+    assert len(set(lengths)) > 3
+    for budget in (80, 200, 1000):
+
+        def cost(cuts: tuple[int, ...], budget: int = budget) -> float:
+            total = 0.0
+            for first, end in itertools.pairwise((0, *cuts, len(lengths))):
+                padded = lengths[first] * (end - first)
+                if padded > budget and end - first > 1:
+                    return float("inf")
+                total += padded + FORWARD * budget
+            return total
+
+        ways = (
+            cuts
+            for count in range(len(lengths))
+            for cuts in itertools.combinations(range(1, len(lengths)), count)
+        )
+        best = min(map(cost, ways))
+        sizes = [len(batch.places) for batch in packed(found, budget)]
+        assert cost(tuple(itertools.accumulate(sizes[:-1]))) == pytest.approx(best)
+    assert list(packed([], 100)) == []
 
 
 def test_few_samples_of_many_lengths_are_hardly_padded() -> None:
