@@ -6,16 +6,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pvcore import shift_start
 from pvcore.blocks import is_sharded
-from pvcore.chats import Chats, as_chats
+from pvcore.chats import Chats
 from pvcore.errors import HookError, PlanError
 from pvcore.interventions import Intervention
 from pvcore.model import HookedModel
 from pvcore.plan import Plan
-from pvcore.shift import FinetuningShift, Standing, standing
+from pvcore.shift import FinetuningShift, Standing, prompt_ids, standing
 from pvcore.training import Prevention, Schedule
 from pvcore.vectors import VectorBank
 from pvcore.wrappers import as_hooked, refuse_replicas, refuse_virtual_tokens
@@ -114,6 +114,7 @@ class ShiftCallback(Callback):
         self._batch_size, self._model, self._check_model = batch_size, model, check_model
         self._hooked: HookedModel | None = None
         self._before: Standing | None = None
+        self._ids: list[Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.history = {}
@@ -125,6 +126,7 @@ class ShiftCallback(Callback):
             return
         self._hooked = as_hooked(model, given.get("processing_class"))
         self._hooked.check(Plan(monitor=self._bank), check_model=self._check_model)
+        self._ids = prompt_ids(self._hooked, self._prompts)
         self._before = self._beginning(self._hooked, args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -139,17 +141,16 @@ class ShiftCallback(Callback):
     def _beginning(self, model: HookedModel, args: Any, state: Any) -> Standing:
         """Where the training begins, or began before it was stopped and resumed."""
         folder = getattr(args, "output_dir", None)
-        read = shift_start.read_at(model, self._bank.sites, self._prompts)
+        read = shift_start.read_at(self._bank.sites, self._ids)
         if state.global_step > 0:
-            count = len(as_chats(self._prompts))
-            return shift_start.kept(folder, read, count, state.global_step)
+            return shift_start.kept(folder, read, len(self._ids), state.global_step)
         start = self._standing(model)
         if folder is not None and state.is_world_process_zero:
             shift_start.keep(folder, start, read)
         return start
 
     def _standing(self, model: HookedModel) -> Standing:
-        return standing(model, self._bank, self._prompts, self._batch_size)
+        return standing(model, self._bank, self._ids, self._batch_size)
 
     def _measure(self, args: Any, state: Any, control: Any) -> None:
         if self._hooked is None or self._before is None:

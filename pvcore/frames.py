@@ -145,6 +145,12 @@ class Frame:
         return torch.cat([given, generated], dim=1)
 
 
+def tokens_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The ids or embeddings that a decoder is called with."""
+    ids: Tensor | None = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
 def begin_frame(
     owner: int, given: Mapping[str, Any], *, training: bool, packed: bool = False
 ) -> Frame:
@@ -152,9 +158,7 @@ def begin_frame(
 
     `packed` allows several conversations behind each other in one row, which count as one.
     """
-    tokens = given.get("input_ids")
-    if tokens is None:
-        tokens = given.get("inputs_embeds")
+    tokens = tokens_of(given)
     if tokens is None or "block_table" in given or ("cu_seq_lens_q" in given and not packed):
         raise HookError(
             "got a forward whose rows are packed or missing (continuous batching?); pvcore cannot "

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
-from pvcore.frames import begin_frame, goes_on
+from pvcore.frames import begin_frame, goes_on, tokens_of
 from pvcore.recomputes import Recomputes
 from pvcore.resident import Resident, traces
 from pvcore.runs import RUN, Run
@@ -225,8 +225,7 @@ class Begin(Hook):
         ):
             last.begin_step()
             return
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        tokens = tokens_of(given)
         if _current_backward() != NO_BACKWARD:
             self._refuse_recompute(tokens)
         elif self.recomputes.runs:

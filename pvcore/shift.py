@@ -133,6 +133,11 @@ def checkpoints(folder: str | PathLike[str]) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 
 
+def prompt_ids(model: HookedModel, prompts: Chats) -> list[Tensor]:
+    """The tokens of each prompt up to where a reply would begin."""
+    return [torch.tensor(one.ids[: one.prompt_length]) for one in model.encode(prompts)]
+
+
 def standing(
     model: HookedModel,
     bank: VectorBank,
@@ -228,7 +233,7 @@ def _base(
         with _loading(base):
             model = HookedModel.from_pretrained(base, **settings)
     model.check(Plan(monitor=bank), check_model=check_model)
-    ids = [torch.tensor(one.ids[: one.prompt_length]) for one in model.encode(prompts)]
+    ids = prompt_ids(model, prompts)
     return _Start(
         before=standing(model, bank, ids, batch_size, progress),
         prompts=ids,

@@ -1,25 +1,25 @@
 """Where a training began, kept beside its checkpoints: a resumed one measures shift from there."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from pvcore.errors import HookError
 from pvcore.files import write_whole
 from pvcore.fingerprints import of_text
-from pvcore.model import HookedModel
 from pvcore.shift import Standing
 from pvcore.sites import Site
 
 NAME = "shift_start.safetensors"
 
 
-def read_at(model: HookedModel, sites: tuple[Site, ...], prompts: object) -> str:
-    """A fingerprint of what is read: the sites and the prompts' own tokens."""
-    ids = [list(one.ids[: one.prompt_length]) for one in model.encode(prompts)]  # type: ignore[arg-type]
-    return of_text([[str(site) for site in sites], ids])
+def read_at(sites: Sequence[Site], prompts: Sequence[Tensor]) -> str:
+    """A fingerprint of what is read: the sites and the tokens of the prompts."""
+    return of_text([[str(site) for site in sites], [ids.tolist() for ids in prompts]])
 
 
 def keep(folder: str | PathLike[str], start: Standing, read: str) -> None:
