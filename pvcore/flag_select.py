@@ -14,10 +14,9 @@ from pvcore.errors import FlagError
 from pvcore.flag_clean import Cleaned, write_clean
 from pvcore.flag_view import Scanned
 from pvcore.numerals import Number
+from pvcore.thresholds import FEWEST
 from pvcore.vectors import PersonaVector
 
-# As few neutral values as may set an alarm level: of fewer, a percentile is the highest or a guess.
-FEWEST = 20
 Combination = Literal["any", "all"]
 JudgeScores = Mapping[str, Number | None] | Mapping[int, Number | None]
 

@@ -13,6 +13,9 @@ from pvcore.intervals import Interval, wilson
 from pvcore.numerals import Number
 from pvcore.sites import Site
 
+# Neutral values that may set a level: of fewer, a percentile is the highest or a guess.
+FEWEST = 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmLevel:
@@ -79,10 +82,10 @@ def alarm_levels(
             raise StatisticsError(f"got {len(values)} rows of {trait} for {len(sites)} sites")
         for site, row in zip(sites, values.double(), strict=True):
             known = row[~row.isnan()]
-            if len(known) < 20 or not bool(known.isfinite().all()):
+            if len(known) < FEWEST or not bool(known.isfinite().all()):
                 raise StatisticsError(
-                    f"got {len(known)} neutral values of {trait} at {site}; wanted 20 or more, all "
-                    "finite"
+                    f"got {len(known)} neutral values of {trait} at {site}; wanted {FEWEST} or "
+                    "more, all finite"
                 )
             levels.append(_level(trait, site, known, percentile, low_percentile, confidence))
     return AlarmLevels(levels=tuple(levels))
