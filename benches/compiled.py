@@ -11,7 +11,7 @@ import torch
 import pvcore as pv
 from benches import lockstep, record, rounds
 from benches.arms import Reply, Task
-from benches.arms_checks import differing, projection_error
+from benches.arms_checks import ERROR, differing, projection_error
 from benches.engines import cache_length, compiled_run, graphs_of, own_cache_run
 from benches.loading import called, loaded
 from benches.overhead import ROWS as WORDS
@@ -136,9 +136,7 @@ class Ways:
         same = (steered.tokens == eager.tokens).all(1)
         found["steer: replies it left as they were"] = Check(worst=int(same.sum()), bound=0)
         error = projection_error(self.task, replies["monitor"], steered=False)
-        found["monitor: error of a projection, as a share of its row"] = Check(
-            worst=error, bound=ERROR_BOUND
-        )
+        found[f"monitor: {ERROR}"] = Check(worst=error, bound=ERROR_BOUND)
         return {f"batch {self.batch}, {name}": one for name, one in found.items()}
 
     def _counted(self, name: str) -> Reply:

@@ -28,9 +28,12 @@ ROWS = {
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
+# Told beside each other from the same laps: pvcore's way and the bare hooks'.
+PAIRS = {name: f"hook {name}" for name in ("monitor", "steer", "both")}
 STEP, WHOLE, WALL = "decoding", "whole generation", "wall clock"
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.03}
+PAIR_TARGETS = {"monitor": 1.0}
 
 
 # So small that whatever a call costs beside the model itself shows.
@@ -111,9 +114,15 @@ def _task(settings: Settings, plain: Any, model: pv.HookedModel, batch: int) -> 
     )
 
 
-def _labels(batch: int, task: Task, column: str) -> dict[str, str]:
+def _labels(batch: int, task: Task, column: str) -> dict[tuple[str, str], str]:
+    """The label of each figure, by the way that is timed and the one it is held beside."""
     counts = {"vectors": len(task.vectors), "layers": task.model.n_layers}
-    return {name: f"batch {batch}/{row.format(**counts)}/{column}" for name, row in ROWS.items()}
+    rows = {name: row.format(**counts) for name, row in ROWS.items()}
+    found = {(name, PLAIN): f"batch {batch}/{row}/{column}" for name, row in rows.items()}
+    group = f"beside bare hooks, batch {batch}"
+    return found | {
+        (name, below): f"{group}/{rows[name]}/{column}" for name, below in PAIRS.items()
+    }
 
 
 def _refused(batch: int, task: Task, reason: str) -> dict[str, Cell]:
@@ -143,16 +152,21 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
         finish=finish,
         what=f"batch {batch}, generations",
     )
-    targets = TARGETS if batch == 1 else {}
+    targets = {PLAIN: TARGETS, **dict.fromkeys(PAIRS.values(), PAIR_TARGETS)}
     columns: dict[str, tuple[dict[str, list[rounds.Lap]], rounds.Clock]] = {
         STEP: (steps, busy),
         WHOLE: (wholes, busy),
         WALL: (wholes, "wall"),
     }
     return {
-        label: rounds.paired(laps[name], laps[PLAIN], clock=clock, target=targets.get(name))
+        label: rounds.paired(
+            laps[name],
+            laps[below],
+            clock=clock,
+            target=targets[below].get(name) if batch == 1 else None,
+        )
         for column, (laps, clock) in columns.items()
-        for name, label in _labels(batch, task, column).items()
+        for (name, below), label in _labels(batch, task, column).items()
     }
 
 

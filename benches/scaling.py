@@ -188,8 +188,7 @@ def _plain(subject: Subject) -> Callable[..., object]:
 
 
 def _cell(ratios: Sequence[float]) -> Cell:
-    p20, p50, p80 = rounds.spread(list(ratios))
-    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios))
+    return rounds.measured(ratios)
 
 
 def slope(values: Sequence[int], ratios: Sequence[float]) -> float:
