@@ -14,6 +14,7 @@ from benches.record import Check
 
 ERROR_BOUND = 1e-5
 ERROR = "error of a projection, as a share of the largest of its layer"
+WATCHING = ("monitor", "read", "hook monitor", "hook read")
 # Below this share of a row's norm, a projection would be too small to tell right from wrong.
 TELLING = 1e-3
 
@@ -42,7 +43,7 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
     taped = {name: _taped(run) for name, run in arms.items()}
     replies = {name: reply for name, (reply, _) in taped.items()}
     checks: dict[str, Check] = {}
-    for name in ("again", "idle", "unarmed", "monitor", "hook monitor"):
+    for name in ("again", "idle", "unarmed", *WATCHING):
         unlike = differing(replies[name].tokens, replies["plain"].tokens)
         unlike += differing(taped[name][1], taped["plain"][1])
         checks[f"{name}: tokens and logits unlike plain's"] = Check(worst=unlike, bound=0)
@@ -51,7 +52,7 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
         checks[f"{name}: tokens unlike a bare hook's"] = Check(worst=unlike, bound=0)
     same = (replies["steer"].tokens == replies["plain"].tokens).all(1)
     checks["steer: replies it left as they were"] = Check(worst=int(same.sum()), bound=0)
-    for steered, names in ((False, ("monitor", "hook monitor")), (True, ("both", "hook both"))):
+    for steered, names in ((False, WATCHING), (True, ("both", "hook both"))):
         rows = _rows(task, steered=steered)
         exact = torch.einsum("slbd,lvd->slbv", rows, task.bank.units.double())
         norms = rows.norm(dim=-1, keepdim=True)

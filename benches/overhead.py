@@ -22,14 +22,16 @@ ROWS = {
     "idle": "taps on, `hf.generate`",
     "unarmed": "`model.generate_ids`, nothing armed",
     "monitor": "monitor {vectors} vectors at {layers} layers",
+    "read": "the same, all scores read",
     "steer": "steer one layer",
     "both": "monitor and steer",
     "hook monitor": "bare hooks, same monitoring",
+    "hook read": "bare hooks, same monitoring, all scores read",
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
 # Told beside each other from the same laps: pvcore's way and the bare hooks'.
-PAIRS = {name: f"hook {name}" for name in ("monitor", "steer", "both")}
+PAIRS = {name: f"hook {name}" for name in ("monitor", "read", "steer", "both")}
 STEP, WHOLE, WALL = "decoding", "whole generation", "wall clock"
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.03}

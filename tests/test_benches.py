@@ -22,8 +22,8 @@ from benches.record import Cell, Check, Record, RecordError
 from benches.rounds import Lap
 
 SETTINGS = overhead.QUICK
-ARMS = {"again", "idle", "unarmed", "monitor", "steer", "both"} | {
-    f"hook {what}" for what in ("monitor", "steer", "both")
+ARMS = {"again", "idle", "unarmed", "monitor", "read", "steer", "both"} | {
+    f"hook {what}" for what in ("monitor", "read", "steer", "both")
 }
 PAIRED = "beside bare hooks, batch 1"
 
@@ -229,6 +229,7 @@ class TestArms:
             ("monitor", lambda reply: replace(reply, tokens=reply.tokens[:, :-1])),
             ("monitor", lambda reply: shifted(reply, 1e-3)),
             ("monitor", lambda reply: shifted(reply, float("nan"))),
+            ("read", lambda reply: replace(reply, scores=None)),
             ("both", lambda reply: replace(reply, scores=None)),
             ("both", lambda reply: replace(reply, tokens=reply.tokens.roll(1, 0))),
             ("hook both", lambda reply: shifted(reply, 1e-3)),
