@@ -1,6 +1,6 @@
 """Overhead: what watching and steering cost while a model generates, beside plain transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -139,14 +139,7 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
     finish = torch.cuda.synchronize if on_gpu else lambda: None
     arms = task.arms()
     busy: rounds.Clock = "wall" if on_gpu else "cpu"
-    steps = lockstep.take_turns(
-        arms,
-        generations=settings.generations,
-        new_tokens=settings.new_tokens,
-        seed=settings.seed,
-        finish=finish,
-        what=f"batch {batch}, steps",
-    )
+    steps = _steps(batch, arms, settings, on_gpu=on_gpu)
     wholes = rounds.interleave(
         {name: partial(_whole, arm) for name, arm in arms.items()},
         rounds=settings.rounds,
@@ -170,6 +163,21 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
         for column, (laps, clock) in columns.items()
         for (name, below), label in _labels(batch, task, column).items()
     }
+
+
+def _steps(
+    batch: int, arms: Mapping[str, Callable[..., object]], settings: Settings, *, on_gpu: bool
+) -> dict[str, list[rounds.Lap]]:
+    """What follows the first token: in turns by tokens, and by generations on a GPU."""
+    count, seed, what = settings.generations, settings.seed, f"batch {batch}, steps"
+    if on_gpu:
+        wait = torch.cuda.synchronize
+        return lockstep.alternate(
+            arms, generations=count, seed=seed, finish=wait, what=what
+        ).decoding
+    return lockstep.take_turns(
+        arms, generations=count, new_tokens=settings.new_tokens, seed=seed, what=what
+    )
 
 
 def _whole(arm: Callable[..., object]) -> None:

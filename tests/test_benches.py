@@ -315,6 +315,21 @@ class TestOverhead:
         assert found.p50 == pytest.approx(share, abs=1e-4)
         assert found.target == 1.0
 
+    def test_a_gpu_is_not_waited_for_after_every_token(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Any] = []
+
+        def alternate(arms: Any, **given: Any) -> lockstep.Phases:
+            asked.append(given["finish"])
+            return lockstep.Phases(prompts={}, decoding={name: [] for name in arms})
+
+        monkeypatch.setattr(lockstep, "alternate", alternate)
+        monkeypatch.setattr(lockstep, "take_turns", lambda *_, **__: pytest.fail("by tokens"))
+        found = overhead._steps(1, {"plain": list}, SETTINGS, on_gpu=True)
+        assert found == {"plain": []}
+        assert asked == [torch.cuda.synchronize]
+
     def test_reports_no_speed_after_a_failed_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def failing(*_: object) -> dict[str, Check]:
             return {"idle: tokens": Check(worst=3, bound=0), "fine": Check(worst=0, bound=0)}
