@@ -1,6 +1,7 @@
 """`pvcore monitor`: chats answered or read, with projections, alarms, and files of both."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,11 +218,17 @@ def _row(one: "Transcript") -> dict[str, Any]:
             for s in one.summaries()
         },
         "alarms": [
-            {"trait": a.trait, "site": str(a.site), "step": a.step, "value": a.value}
+            {
+                "message": a.message,
+                "trait": a.trait,
+                "site": str(a.site),
+                "step": a.step,
+                "value": _number(a.value),
+            }
             for a in one.alarms
         ],
     }
 
 
 def _number(value: float) -> float | None:
-    return value if value == value else None
+    return value if math.isfinite(value) else None

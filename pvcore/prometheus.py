@@ -65,7 +65,7 @@ class PrometheusExporter:
                 if mean == mean:
                     self._mean.labels(trait, str(site)).observe(mean)
                 self._before.labels(trait, str(site)).set(float(reply.before[k, place]))
-        for alarm in transcript.alarms:
+        for alarm in transcript.alarms_of(reply):
             self._alarms.labels(alarm.trait, str(alarm.site)).inc()
 
     def observe_step(self, step: Step) -> None:

@@ -98,6 +98,32 @@ def test_alarms_are_told_and_may_stop_the_reply(run: Any, evil: Path) -> None:
     assert len(stopped["reply"]) < len(free["reply"])
 
 
+def test_alarms_sound_in_chats_that_are_read(
+    run: Any, evil: Path, chats: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / "seen.jsonl", tmp_path / "seen.html"]
+    outs = [part for place in places for part in ("--out", place)]
+    settings = ("--vector", evil, "--layers", "2", "--max-new-tokens", "4", "--batch-size", "1")
+    monitor = pv.Monitor(world_model(), pv.VectorBank(pv.PersonaVector.load(evil), layers=[2]))
+    (read,) = monitor.read([TOLD])
+    first, second = (reply.projections[0, 0] for reply in read.replies)
+    level = min(float(first.max()), float(second.max())) - 1e-3
+    status, out, _ = run(
+        "world", "--chats", chats, *settings, *outs, "--alarm", f"evil={level}", "--json"
+    )
+    assert status == 0
+    told = [row["alarms"] for row in json.loads(out)["conversations"]]
+    assert {alarm["message"] for alarm in told[0]} == {1, 3}
+    assert {alarm["message"] for alarm in told[2]} == {1}
+    assert [a for a in told[0] if a["message"] == 1] == told[2]
+    lines = [json.loads(line) for line in places[0].read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [[(a["message"], a["step"]) for a in line["alarms"]] for line in lines] == [
+        [(a["message"], a["step"]) for a in row] for row in told
+    ]
+    assert not any("chat" in alarm for line in lines for alarm in line["alarms"])
+    assert places[1].read_text(encoding="utf-8").count('class="bell"') == sum(map(len, told))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
