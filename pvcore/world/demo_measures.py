@@ -148,7 +148,8 @@ def _monitored(
     rows = judged(subject, examined, [question for _, _, question in asked], replies)
     projections = seen[name].last_prompt_token.tolist()
     levels, scores = [f"{level:g}" for level, _, _ in asked], [_score(row) for row in rows]
-    figures = [correlations(_pairs(at_layer, scores, levels)) for at_layer in projections]
+    prompts = [(prompt, question) for _, prompt, question in asked]
+    figures = [correlations(_pairs(at_layer, scores, levels, prompts)) for at_layer in projections]
     chosen = [site.layer for site in bank.sites].index(work.monitoring_layer)
     return MonitorFigures(
         trait=name,
@@ -229,11 +230,16 @@ def judged(
 
 
 def _pairs(
-    projections: Sequence[float], scores: Sequence[float], levels: Sequence[str]
+    projections: Sequence[float],
+    scores: Sequence[float],
+    levels: Sequence[str],
+    prompts: Sequence[tuple[str, str]],
 ) -> list[MonitoredReply]:
     return [
-        MonitoredReply(projection=projection, score=score, level=level)
-        for projection, score, level in zip(projections, scores, levels, strict=True)
+        MonitoredReply(projection=projection, score=score, level=level, prompt=prompt)
+        for projection, score, level, prompt in zip(
+            projections, scores, levels, prompts, strict=True
+        )
     ]
 
 
