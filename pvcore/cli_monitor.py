@@ -23,6 +23,7 @@ from pvcore.cli_options import (
 )
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError, ExportError, PlanError
+from pvcore.files import text_lines
 
 if TYPE_CHECKING:
     from pvcore.alarms import Threshold
@@ -134,7 +135,7 @@ def _asked(prompts: Sequence[str], system: str | None) -> list[Chat]:
 def _chats_in(path: Path) -> list[Chat]:
     """The chats of a file, one a line; `ChatError` with the line that holds none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(
             f"got chats {path}, which cannot be read ({error}); wanted JSONL with a chat a line"

@@ -70,9 +70,9 @@ def correlations(
     `within` pools the replies after subtracting the means of their level. Replies to one prompt are
     not independent, so intervals are about other prompts at these levels: Fisher's counts prompts
     for replies, which errs towards wide ones, and the bootstrap draws each level's prompts anew,
-    `resamples` times, with all their replies (no interval where a level has one prompt). Levels whose
-    scores have a standard deviation below `least_spread` count as saying nothing, in all figures
-    (the paper, appendix C.2, leaves out those below 1).
+    `resamples` times, with all their replies (no interval where a level has one prompt only).
+    Levels whose scores have a standard deviation below `least_spread` count as saying nothing, in
+    all figures (the paper, appendix C.2, leaves out those below 1).
     """
     if interval not in ("fisher", "bootstrap"):
         raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
