@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvcore.alarms import Alarm, AlarmBell, Alarms
-from pvcore.chats import Chats, as_chats
+from pvcore.chats import Chats, as_chats, naming_chat
 from pvcore.conversations import Conversation, located
 from pvcore.errors import ChatError
 from pvcore.graph import Engine, Graph
@@ -59,7 +59,7 @@ class Monitor:
 
         `settings` are those of transformers' `generate`.
         """
-        given = [self._located(chat, for_generation=True) for chat in as_chats(chats)]
+        given = self._located(chats, for_generation=True)
         with self.model.monitor(self.bank, **self._rules) as seen:
             sequences = self.model.generate_ids(chats, engine=self.engine, **settings)
         copies, tables = len(sequences) // len(given), _tables(seen)
@@ -88,7 +88,7 @@ class Monitor:
 
         `SpanError` where a template makes it impossible to tell an assistant turn's tokens.
         """
-        given = [self._located(chat) for chat in as_chats(chats)]
+        given = self._located(chats)
         check = self._rules["check_model"]
         with self.model.monitor(self.bank, check_model=check) as seen:
             self.model.read(
@@ -123,13 +123,19 @@ class Monitor:
         by_trait = dict(zip(self.bank.traits, highest, strict=True))
         return alarm_levels(by_trait, self.bank.sites, percentile=percentile, **settings)
 
-    def _located(self, chat: Any, *, for_generation: bool = False) -> Conversation:
-        return located(
-            self.model.tokenizer,
-            chat,
-            max_length=self.model.max_length,
-            for_generation=for_generation,
-        )
+    def _located(self, chats: Chats, *, for_generation: bool = False) -> list[Conversation]:
+        found = []
+        for index, chat in enumerate(as_chats(chats)):
+            with naming_chat(index):
+                found.append(
+                    located(
+                        self.model.tokenizer,
+                        chat,
+                        max_length=self.model.max_length,
+                        for_generation=for_generation,
+                    )
+                )
+        return found
 
     def _looked_back(self, replies: Sequence[Reply], chat: int) -> tuple[Alarm, ...]:
         """The alarms of replies that were there before, each as if it had just been made."""

@@ -272,5 +272,5 @@ def test_what_a_monitor_cannot_do_is_refused_when_it_is_made() -> None:
     )
     with pytest.raises(PlanError, match="width 65"):
         pv.Monitor(model, pv.VectorBank([wide]))
-    with pytest.raises(ChatError, match="token ids"):
-        pv.Monitor(model, BANK).read(prompts([4]))
+    with pytest.raises(ChatError, match=r"chat 1: .* token ids"):
+        pv.Monitor(model, BANK).read([CHAT, *prompts([4])])
