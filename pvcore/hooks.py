@@ -57,10 +57,10 @@ class Hook:
     def _run(self, args: tuple[Any, ...]) -> Run | None:
         """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
         if _current_backward() != NO_BACKWARD:
-            known = self.recomputes.find(self.site, args[0]) if args else None
-            if known is None:
+            patched = self.recomputes.find(self.site, args[0]) if args else None
+            if patched is None:
                 self.recomputes.refuse_copy(self.site)
-            return known
+            return patched
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None

@@ -18,7 +18,7 @@ Place = Site | Literal["decoder"]
 
 
 # Of the autograd node that is made next in this thread.
-node_number = torch.autograd._get_sequence_nr
+node_number = torch._C._autograd._get_sequence_nr
 
 
 class Recomputes:
