@@ -60,13 +60,16 @@ class Recomputes:
 
     def note(self, first: int, sites: Iterable[Site]) -> None:
         """A forward that is over was steered at these sites, and recorded nodes from `first` on."""
-        self._steered.append((first, node_number(), frozenset(sites)))
+        with self._lock:
+            self._steered.append((first, node_number(), frozenset(sites)))
 
     def refuse_copy(self, site: Site) -> None:
         """Raise `HookError` if the node under way is of a forward that was steered at a site."""
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
-        if any(first <= number < end and site in sites for first, end, sites in self._steered):
+        with self._lock:
+            known = list(self._steered)
+        if any(first <= number < end and site in sites for first, end, sites in known):
             raise HookError(
                 f"got a checkpoint that runs the block at {site} again on a copy of its input, as "
                 "activation offloading makes it, where it cannot be steered as it was; turn the "

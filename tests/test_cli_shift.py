@@ -112,14 +112,18 @@ def test_what_cannot_be_measured_is_one_line(
 ) -> None:
     (tmp_path / "blank.txt").write_text("\n")
     page = tmp_path / "page.html"
-    for tuned, prompts, text in (
-        (files["run"], tmp_path / "nowhere.txt", "cannot be read"),
-        (files["run"], tmp_path / "blank.txt", "no prompts"),
-        (tmp_path / "nowhere", files["questions"], "cannot be loaded"),
+    asked = files["questions"]
+    for tuned, prompts, dtype, text in (
+        (files["run"], tmp_path / "nowhere.txt", "auto", "cannot be read"),
+        (files["run"], tmp_path / "blank.txt", "auto", "no prompts"),
+        (tmp_path / "nowhere", asked, "auto", "cannot be loaded"),
+        (files["run"], asked, "bfloat16", "whose rounding would count as shift"),
+        (files["run"] / "checkpoint-5", asked, "bfloat16", "whose rounding would count as shift"),
     ):
         status, out, err = run(
-            *("world", tuned, "--prompts", prompts, "--vector", files["evil"], "--out", page)
+            *("world", tuned, "--prompts", prompts, "--vector", files["evil"], "--out", page),
+            *("--dtype", dtype),
         )
         assert (status, out) == (2, "")
-        assert text in err
+        assert text in err.replace("\n", " ")
         assert not page.exists()
