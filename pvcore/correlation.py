@@ -81,10 +81,8 @@ def correlations(
     parts = [_numbers(rows) for rows in levels.values()]
     overall, within, prompts = _overall(parts), _within(parts), sum(map(len, clusters))
     if interval == "fisher":
-        ends = (
-            fisher(overall, prompts, confidence),
-            fisher(within, prompts - len(parts) + 1, confidence),
-        )
+        free = prompts - len(parts) + 1
+        ends = fisher(overall, prompts, confidence), fisher(within, free, confidence)
     else:
         ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(

@@ -159,15 +159,15 @@ def apart(rows: list[MonitoredReply]) -> list[MonitoredReply]:
 def test_intervals_hold_the_true_r_where_replies_share_prompts(interval) -> None:
     """At 80%, at least 80% less 3.5 standard errors; taken as independent, far fewer."""
     generator = np.random.default_rng(7)
-    trials = 300 if interval == "fisher" else 100
+    trials = 120 if interval == "fisher" else 50
     hits = {"shared": 0, "apart": 0}
     for trial in range(trials):
-        rows = rollouts(3, 20, 8, generator)
+        rows = rollouts(3, 15, 8, generator)
         for name, given in (("shared", rows), ("apart", apart(rows))):
             found = correlations(
                 given, confidence=0.8, interval=interval, resamples=100, seed=trial
             )
-            assert found.prompts == (60 if name == "shared" else 480)
+            assert found.prompts == (45 if name == "shared" else 360)
             low, high = found.within_interval
             hits[name] += low <= 0.5 <= high
     error = math.sqrt(0.8 * 0.2 / trials)
