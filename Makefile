@@ -54,6 +54,8 @@ test-gpu:
 bench-gpu:
 	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_kernels
 	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_grid
+	@PYTHONPATH=.:kernels:gpu-wheels/installed $(PYTHON) -m benches.gpu_grid --minutes 2 \
+		--model benches/shapes/llama-3.1-8b.json
 
 # Writes kernels/pvcore_kernels/tuned/<this GPU>.json.
 tune-gpu:

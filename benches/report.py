@@ -20,7 +20,17 @@ from benches.study_table import study_summary
 from pvcore.files import write_whole
 
 KNOWN = (
-    *("overhead", "compiled", "grid", "gpu_grid", "memory", "reading", "peers", "scaling"),
+    *(
+        "overhead",
+        "compiled",
+        "grid",
+        "gpu_grid",
+        "gpu_grid_llama",
+        "memory",
+        "reading",
+        "peers",
+        "scaling",
+    ),
     *("kernels", "gpu_kernels", "training", "pooling", "flagging", "flags", "million", "kills"),
     *("demo", "extraction", "study"),
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benches import gpu_grid, grid, grid_checks, lockstep, record
+from benches import gpu_grid, grid, grid_checks, lockstep, record, report
 from benches.arms import Reply, Task
 from benches.engines import Engine, cache_length
 from benches.grid import QUICK
@@ -238,6 +238,51 @@ def test_without_a_gpu_the_reduced_grid_says_so(tmp_path: Path) -> None:
     }
     assert record.read(record.write(made, tmp_path)) == made
     assert gpu_grid.SHAPE.exists()
+
+
+def test_the_reduced_grid_and_the_long_prompt_are_one_record_with_targets() -> None:
+    vectors = {"vectors": (7, 9), "engines": ("eager",), "key": True}
+    made = grid.measure(replace(QUICK, **vectors), command="x")  # type: ignore[arg-type]
+    joined = gpu_grid.joined("gpu_grid_llama", made, made)
+    assert joined.correct
+    assert joined.name == "gpu_grid_llama"
+    assert len(joined.cells) == 2 * len(made.cells)
+    assert len(joined.checks) == 2 * len(made.checks)
+    assert not any(cell.target for cell in joined.cells.values())
+    failed = {"x": record.Check(worst=1, bound=0)}
+    cells = dict.fromkeys(made.cells, record.Cell(status="failed"))
+    wrong = replace(made, checks=failed, cells=cells)
+    for pair in ((made, wrong), (wrong, made)):
+        assert {one.status for one in gpu_grid.joined("x", *pair).cells.values()} == {"failed"}
+
+
+@pytest.mark.parametrize(
+    ("label", "target"),
+    [
+        ("CUDA graphs, batch 1/monitor 128 vectors at 28 layers/decode", 1.005),
+        ("CUDA graphs, batch 32/monitor 128 vectors at 28 layers/decode", 1.003),
+        ("CUDA graphs, batch 32/monitor 7 vectors at 28 layers/decode", 1.002),
+        ("CUDA graphs, batch 1/steer one layer/decode", 1.001),
+        ("CUDA graphs, batch 1/monitor 7 vectors at 28 layers, steer one/decode", None),
+        ("CUDA graphs, batch 1/steer one layer/prefill", None),
+        ("eager, batch 1/steer one layer/decode", None),
+        (f"{gpu_grid.LONG_GROUP}eager, batch 1/monitor 128 vectors at 28 layers/prefill", 1.003),
+        (f"{gpu_grid.LONG_GROUP}eager, batch 1/monitor 128 vectors at 28 layers/decode", None),
+    ],
+)
+def test_what_is_wanted_of_a_gpu_stands_beside_its_figure(label: str, target: float | None) -> None:
+    cell = record.Cell(status="measured", p20=1.0, p50=1.0, p80=1.0, n=3)
+    assert gpu_grid.aimed(label, cell).target == target
+    left = record.Cell(status="not measured", reason=grid.LATE)
+    assert gpu_grid.aimed(label, left) == left
+
+
+def test_every_shape_has_a_record_that_documents_show() -> None:
+    llama = gpu_grid.SHAPE.with_name("llama-3.1-8b.json")
+    assert llama.exists()
+    names = [gpu_grid.name_of(shape) for shape in (gpu_grid.SHAPE, llama)]
+    assert names == ["gpu_grid", "gpu_grid_llama"]
+    assert set(names) <= set(report.KNOWN)
 
 
 def test_times_are_given_by_token_where_a_gpu_may_report_them() -> None:
