@@ -16,7 +16,10 @@ NAME = "manifest.json"
 # Projections of one probe differ between machines by rounding, between models by much more.
 PROBE_TOLERANCE = 1e-2
 SHOWN = 6
-HINTS = {"written": " (what the chat template writes of one and the same chat; a date in it?)"}
+HINTS = {
+    "plan": " (a plan is armed around the call that was not, or was and is not, or is another)",
+    "written": " (what the chat template writes of one and the same chat; a date in it?)",
+}
 
 
 def fingerprint(asked: Mapping[str, Any]) -> str:
@@ -123,7 +126,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     if not _alike(*probe):
         yield (
             "the model's projections of a probe were "
-            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights, or a plan is armed)"
+            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights?)"
         )
 
 

@@ -216,6 +216,7 @@ def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]
         "dtype": model["dtype"],
         "model": model.get("weights"),
         "tokenizer": asked["tokenizer"],
+        "plan": asked.get("plan", "none"),
     }
     if score == "difference":
         # A subset has the exact difference, for some of the rows.

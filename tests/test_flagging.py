@@ -21,6 +21,7 @@ from pvcore.errors import FlagError, SourceError, VectorError
 from pvcore.flag_replies import in_subset
 from pvcore.flag_shards import footers
 from tests import flag_data
+from tests.chat_templates import QWEN3
 from tests.families import build, tokenizer
 from tests.flag_data import bank, chats, furthest, model, scores, table, write_jsonl
 
@@ -227,6 +228,63 @@ def test_the_exact_difference_is_that_of_the_models_own_greedy_replies(
         assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
         assert row["evil/resid_post.1/response_mean"] == pytest.approx(float(mean[1] @ unit), 1e-4)
     assert len(table(flags)) == 9
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nso\n</think>\n\n"])
+def test_own_replies_stand_behind_the_head_that_the_row_has(tmp_path: Path, thought: str) -> None:
+    """A reasoning template writes an empty thought before a reply that brings none."""
+    template = tokenizer(template=QWEN3)
+    hooked = pv.HookedModel(build("qwen2"), template, model_id="tiny/qwen2")
+    pairs = [(f"Ask {at}", f"No{at}") for at in range(5)]
+    rows = [{"prompt": ask, "response": thought + told} for ask, told in pairs]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 5}
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "out", **settings)
+    if thought:  # the model's own reply is no thought, so that it is given an empty one
+        reasons = [row["reason"] for row in flags.rejected()]
+        assert len(reasons) == 5
+        assert all("other text before it" in reason for reason in reasons)
+        return
+    plain, site = build("qwen2"), pv.resid_post(1)
+    unit = bank()["evil"].unit().direction(site).double()
+
+    def mean(ids: list[int], start: int) -> float:
+        with torch.no_grad():
+            h = plain(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+        return float(h[start:].double().mean(0) @ unit)
+
+    found, apart = table(flags), []
+    for at, (ask, told) in enumerate(pairs):
+        chat = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
+        bare, ids = (
+            template(text, add_special_tokens=False)["input_ids"] for text in (chat, chat + THOUGHT)
+        )
+        own = []
+        for begun in (ids, bare):
+            made = plain.generate(
+                torch.tensor([begun]), do_sample=False, max_new_tokens=5, pad_token_id=0
+            )
+            text = template.decode(made[0, len(begun) :], skip_special_tokens=True).lstrip("\n")
+            own.append(template(text, add_special_tokens=False)["input_ids"])
+        row = template(told, add_special_tokens=False)["input_ids"]
+        here, there = (mean([*ids, *reply], len(ids)) for reply in own)
+        wanted = mean([*ids, *row], len(ids)) - here
+        got = found["rows", at]["evil/resid_post.1/difference"]
+        assert got == pytest.approx(wanted, abs=2e-5)
+        apart.append(abs(here - there))
+    assert max(apart) > 1e-2
+    other = [
+        {"source": "rows", "row": at, "reply": text + "yes"}
+        for at, text in enumerate(("", "<think>\nso\n</think>\n\n"))
+    ]
+    replies = write_jsonl(tmp_path / "own.jsonl", other)
+    flags = pv.flag(
+        hooked, rows[:2], bank(), out=tmp_path / "file", difference="exact", replies=replies
+    )
+    assert [row["row"] for row in flags.rejected()] == [1]
+    assert flags.scored == 1
 
 
 def test_own_replies_are_generated_once(
