@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from pvcore.blocks import length_borders
 from pvcore.chats import Encoded
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
@@ -125,7 +126,7 @@ class GeneratedReplies:
     ) -> None:
         self._model, self._folder, self._mark = model, folder / REPLIES, mark
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
-        self._max_length = max_length
+        self._max_length, self._borders = max_length, length_borders(model.hf)
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
         path = self._folder / f"part-{shard:06d}.jsonl"
@@ -146,7 +147,9 @@ class GeneratedReplies:
         """Batches, and how many tokens a reply in each may have; no row's depends on another."""
         # Prompts of one length together: less padding, and the same batches on every machine.
         ordered = sorted(samples, key=self._asked)
-        for room, alike in groupby(ordered, key=self._room):
+        for (room, _), alike in groupby(
+            ordered, key=lambda one: (self._room(one), self._side(one))
+        ):
             rows = list(alike)
             for first in range(0, len(rows), self._batch_size):
                 yield room, rows[first : first + self._batch_size]
@@ -157,6 +160,13 @@ class GeneratedReplies:
             return self._max_new_tokens
         around = self._asked(sample) + len(sample.ids) - sample.reply[1]
         return min(self._max_new_tokens, self._max_length - around)
+
+    def _side(self, sample: Sample) -> tuple[int, int]:
+        """Where a batch turns its positions otherwise: rows that get there do so together."""
+        asked = self._asked(sample)
+        beyond = sum(border < asked for border in self._borders)
+        passed = sum(border < asked + self._room(sample) for border in self._borders)
+        return beyond, asked if passed > beyond else 0
 
     def _asked(self, sample: Sample) -> int:
         """How many tokens the model is given: it answers behind the head that the row has."""
