@@ -98,10 +98,12 @@ class Feed:
             )
 
     def _passed(self, shard: int, rows: Iterator[Row], held: Footer, total: float) -> Portion:
-        """A shard that is there. Files were compared as a whole; rows of data sets are compared."""
+        """A shard that is there. Files were compared as a whole; rows of data sets are compared.
+
+        So are rows of files beside a data set: where that has become shorter, they have moved up.
+        """
         first = last = next(rows)
-        start = self.sources.index(first[0])
-        known = all(source.path is not None for source in self.sources[start:])
+        known = all(source.path is not None for source in self.sources)
         digest = sha256()
         for row in chain([first], rows):
             last = row

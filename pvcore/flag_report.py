@@ -1,6 +1,7 @@
 """The page of a finished scan: data sets, distributions, correlations, and the highest rows."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 OTHERS = "all others"
 LONGEST_TEXT, LONGEST_REPLY = 400, 400
-MOST_REASONS = 12
+# Reasons shown, and told apart while they are counted.
+MOST_REASONS, MOST_COUNTED = 12, 5000
+OTHER_REASONS = ("other reasons", "")
 KINDS = {
     "approximate": "the mean over the reply minus the projection at the last prompt token",
     "exact": "the mean over the reply minus that of the model's own greedy reply",
@@ -230,21 +233,32 @@ def _cut(text: str) -> str:
 
 
 def _unscored(flags: Scanned) -> Section:
-    counts: dict[tuple[str, str], int] = {}
-    examples: dict[tuple[str, str], str] = {}
-    for row in flags.rejected():
-        # Where in a list a message stands says nothing about the kind of mistake.
-        key = (row["field"].partition("[")[0], row["reason"][:120])
-        if key not in counts and len(counts) >= MOST_REASONS:
-            key = ("", "other reasons")
-        counts[key] = counts.get(key, 0) + 1
-        examples.setdefault(key, f"row {row['row']} of {row['source']}")
-    often = sorted(counts, key=lambda key: -counts[key])
-    rows: list[list[Any]] = [[key[1], key[0], counts[key], examples[key]] for key in often]
+    rows = reasons_of(flags.rejected())
     blocks: list[Block] = [Table(columns=["reason", "field", "rows", "first"], rows=rows)]
     none = Note(text="Every row was scored.")
     return Section(
         title="Rows without a score",
-        text="Each is in the folder `rejected` with its source, row and field.",
+        text="Each is in the folder `rejected` with its source, row and field; `#` stands for "
+        "numbers that differ.",
         blocks=blocks if rows else [none],
     )
+
+
+def reasons_of(rejected: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """The most frequent reasons, each with its field, count and first row; the others together."""
+    counts: dict[tuple[str, str], int] = {}
+    examples: dict[tuple[str, str], str] = {}
+    for row in rejected:
+        # Neither where in a list a message stands nor a length says what kind of mistake it is.
+        key = re.sub(r"\d+", "#", row["reason"])[:120], row["field"].partition("[")[0]
+        if key not in counts and len(counts) >= MOST_COUNTED:
+            key = OTHER_REASONS
+        counts[key] = counts.get(key, 0) + 1
+        examples.setdefault(key, f"row {row['row']} of {row['source']}")
+    often = sorted(counts, key=lambda key: (key == OTHER_REASONS, -counts[key]))
+    shown = often if len(often) <= MOST_REASONS else often[: MOST_REASONS - 1]
+    rest = often[len(shown) :]
+    rows = [[*key, counts[key], examples[key]] for key in shown]
+    if rest:
+        rows.append([*OTHER_REASONS, sum(counts[key] for key in rest), examples[rest[0]]])
+    return rows

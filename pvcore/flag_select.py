@@ -209,7 +209,10 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
 
 
 def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]:
-    """What a score means: which vector, which model, and which difference."""
+    """What a score means: which vector, which model, and which difference.
+
+    Not the day that a template prints: nobody could flag clean data once and for all.
+    """
     model = asked["model"]
     found = {
         "vector": asked["bank"]["vectors"].get(trait),
@@ -217,11 +220,14 @@ def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]
         "model": model.get("weights"),
         "tokenizer": asked["tokenizer"],
         "plan": asked.get("plan", "none"),
+        "turn": asked["form"]["turn"],
     }
     if score == "difference":
         # A subset has the exact difference, for some of the rows.
-        exact = asked["difference"]["kind"] != "approximate"
-        found["difference"] = "exact" if exact else "approximate"
+        given = asked["difference"]
+        found["difference"] = "approximate" if given["kind"] == "approximate" else "exact"
+        found["replies"] = "from a file" if "replies" in given else given.get("max_new_tokens")
+        found["generation"] = given.get("generation")
     return found
 
 

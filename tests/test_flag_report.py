@@ -11,7 +11,7 @@ import pytest
 
 import pvcore as pv
 from pvcore.flag_plots import histogram_edges, score_histogram
-from pvcore.flag_report import correlation_of
+from pvcore.flag_report import MOST_COUNTED, MOST_REASONS, correlation_of, reasons_of
 from pvcore.report import ReportError
 from tests import flag_data
 from tests.flag_data import bank, chats, model, table, write_jsonl
@@ -95,3 +95,40 @@ def test_many_sources_share_a_line(tmp_path: Path) -> None:
     html = (tmp_path / "page.html").read_text()
     assert "all others" in html
     assert "Every row was scored." in html
+
+
+def test_what_keeps_most_rows_out_is_shown_first_whatever_came_before(tmp_path: Path) -> None:
+    torn = [b'{"messages": [' + b" " * at + b"x\n" for at in range(MOST_REASONS + 3)]
+    empty = b'{"prompt": "Is it?", "response": ""}\n'
+    sound = b'{"prompt": "Is it?", "response": "Yes."}\n'
+    (tmp_path / "d.jsonl").write_bytes(b"".join(torn) + sound + empty * 30)
+    one = bank("evil", sites=[pv.resid_post(0)])
+    flags = pv.flag(model(), tmp_path / "d.jsonl", one, out=tmp_path / "out")
+    assert len({row["reason"] for row in flags.rejected()}) > MOST_REASONS
+    rows = reasons_of(flags.rejected())
+    assert rows[0][:3] == ["got an empty reply; wanted text to score", "response", 30]
+    assert rows[0][3].startswith(f"row {MOST_REASONS + 4} of ")
+    assert (len(rows), rows[1][2]) == (2, MOST_REASONS + 3)
+    assert rows[1][0].startswith("got no JSON")
+    flags.report(tmp_path / "page.html", top=0)
+    assert "got an empty reply" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("kinds", [MOST_REASONS, MOST_REASONS + 5, MOST_COUNTED + 5])
+def test_reasons_are_counted_in_bounded_memory_and_all_of_them(kinds: int) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def word(number: int) -> str:
+        return letters[number % 26] + (word(number // 26) if number > 25 else "")
+
+    rejected = [
+        {"reason": f"got {word(at)!r}", "field": "messages[3]", "source": "d", "row": row}
+        for row, at in enumerate([*range(kinds), *[kinds - 1] * 40, *[1] * 50])
+    ]
+    rows = reasons_of(rejected)
+    assert sum(row[2] for row in rows) == len(rejected)
+    assert len(rows) == MOST_REASONS
+    assert rows[0][:3] == [f"got {word(1)!r}", "messages", 51]
+    if kinds <= MOST_COUNTED:
+        assert rows[1][:3] == [f"got {word(kinds - 1)!r}", "messages", 41]
+    assert (rows[-1][0] == "other reasons") == (kinds > MOST_REASONS)

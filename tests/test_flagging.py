@@ -206,6 +206,26 @@ def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: 
         pv.flag(hooked, rows[:8], bank(), out=out, shard_rows=8)
 
 
+def test_a_data_set_that_became_shorter_loses_no_row_of_the_files_behind_it(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    rows, settings = [{"messages": chat} for chat in chats(16, first=100)], {"shard_rows": 8}
+    out = tmp_path / "out"
+    flags = pv.flag(hooked, {"d": rows, "f": str(data)}, bank(), out=out, **settings)
+    assert flags.datasets["f"].scored == 39
+    for shard in range(2, 8):  # killed when the shards of the data set were done
+        (out / f"scores/part-{shard:06d}.parquet").unlink(missing_ok=True)
+        (out / f"rejected/part-{shard:06d}.parquet").unlink(missing_ok=True)
+    held = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(
+        json.dumps({"format": 1, "status": "running", "asked": held["asked"]})
+    )
+    with pytest.raises(FlagError, match="other rows between row 0 of f and row 7 of f"):
+        pv.flag(hooked, {"d": rows[:8], "f": str(data)}, bank(), out=out, **settings)
+    again = pv.flag(hooked, {"d": rows, "f": str(data)}, bank(), out=out, **settings)
+    assert {name: one.scored for name, one in again.datasets.items()} == {"d": 16, "f": 39}
+
+
 def test_the_exact_difference_is_that_of_the_models_own_greedy_replies(
     hooked: pv.HookedModel, tmp_path: Path
 ) -> None:

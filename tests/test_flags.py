@@ -253,6 +253,7 @@ def test_a_clean_scan_must_be_scored_alike(
         ("vector", hooked, other, {}, "vector is"),
         ("sites", hooked, bank(sites=flag_data.SITES[:2]), {}, "without evil"),
         ("model", model(seed=1), bank(), {}, "model is"),
+        ("turn", hooked, bank(), {"turn": "first"}, "turn is"),
     ):
         clean = pv.flag(subject, rows, stacked, out=tmp_path / name, **settings)  # type: ignore[arg-type]
         with pytest.raises(FlagError, match=f"got a clean scan .*{said}"):
@@ -265,6 +266,32 @@ def test_a_clean_scan_must_be_scored_alike(
     with pytest.raises(FlagError, match=r"in which 19 rows have .*; wanted 20 or more"):
         flags.filter("evil", clean=few)
     assert flags.filter("evil", clean=few, threshold=0.0).scored == 50
+
+
+def test_own_replies_of_clean_data_are_made_as_those_of_the_data(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(20)]
+    own = [{"source": "rows", "row": at, "reply": f"own {at}"} for at in range(20)]
+    file = write_jsonl(tmp_path / "own.jsonl", own)
+    bent = model()
+    bent.hf.generation_config.repetition_penalty = 1.7
+
+    def scan(name: str, subject: pv.HookedModel = hooked, **settings: Any) -> pv.Flags:
+        settings = {"difference": "exact", **settings}
+        return pv.flag(subject, rows, bank("evil"), out=tmp_path / name, **settings)
+
+    flags = scan("flags", max_new_tokens=3)
+    subset = scan("subset", max_new_tokens=3, difference="subset", share=0.99, seed=1)
+    assert flags.filter("evil", clean=subset).scored == 20
+    for clean, said in (
+        (scan("shorter", max_new_tokens=2), "its replies is 2, and this scan's 3"),
+        (scan("file", replies=file), "its replies is 'from a file', and this scan's 3"),
+        (scan("bent", bent, max_new_tokens=3), "its generation is"),
+    ):
+        with pytest.raises(FlagError, match=f"scored otherwise: {said}"):
+            flags.filter("evil", clean=clean)
+        assert flags.filter("evil", clean=clean, score="response_mean").scored == 20
 
 
 @pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
