@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ def _highest(
             chats = []
         if chats and model is not None and bank is not None:
             tokenizer = pinned(model.tokenizer, flags.manifest["asked"].get("moment"))
-            strips = [_tokens(model, tokenizer, bank, site, chat) for chat in chats]
+            strips = [tokens_of(model, tokenizer, bank, site, chat) for chat in chats]
             blocks += _strips(trait, rows, chats, strips)
         else:
             blocks.append(_plain(trait, rows, chats))
@@ -176,23 +176,32 @@ def _highest(
         )
 
 
-Strip = tuple[list[str], dict[str, list[float]]]
+class Strip(NamedTuple):
+    """The first tokens of a reply with their projections, and the mean over all of it, by trait."""
+
+    tokens: list[str]
+    values: dict[str, list[float]]
+    means: dict[str, float]
 
 
-def _tokens(
+def tokens_of(
     model: "HookedModel", tokenizer: Any, bank: VectorBank, site: Site, chat: list[dict[str, str]]
 ) -> Strip:
     """The reply's tokens, and the projection of each on every vector of the bank."""
     from pvcore.chats import encode
+    from pvcore.transcripts import token_texts
 
     encoded = encode(tokenizer, chat)
     start, end = encoded.reply or (0, 0)
     ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
     units = bank.units[bank.sites.index(site)].double()
-    scores = (acts[site][0].double() @ units.mT)[:LONGEST_REPLY]
-    ids = encoded.ids[start:end][:LONGEST_REPLY]
-    texts = [str(tokenizer.decode([token])) for token in ids]
-    return texts, {trait: scores[:, k].tolist() for k, trait in enumerate(bank.traits)}
+    scores = acts[site][0].double() @ units.mT
+    texts = list(token_texts(tokenizer, encoded.ids[start:end], marks=True))[:LONGEST_REPLY]
+    values = {trait: scores[: len(texts), k].tolist() for k, trait in enumerate(bank.traits)}
+    means = {trait: float(scores[:, k].mean()) for k, trait in enumerate(bank.traits)}
+    if end - start > LONGEST_REPLY:
+        texts[-1] += "…"
+    return Strip(texts, values, means)
 
 
 def _strips(
@@ -202,14 +211,15 @@ def _strips(
     strips: Sequence[Strip],
 ) -> Iterator[Block]:
     scales = {}
-    for name in strips[0][1]:
-        values = torch.tensor([value for _, held in strips for value in held[name]])
+    for name in strips[0].values:
+        values = torch.tensor([value for one in strips for value in one.values[name]])
         reach = float((values - values.mean()).abs().max()) or 1.0
         scales[name] = Scale(centre=float(values.mean()), reach=reach)
-    for row, chat, (tokens, held) in zip(rows, chats, strips, strict=True):
+    for row, chat, strip in zip(rows, chats, strips, strict=True):
         yield TokenStrip(
-            tokens=tokens,
-            values=held,
+            tokens=strip.tokens,
+            values=strip.values,
+            means=strip.means,
             active=trait,
             prompt=_cut(chat[-2]["content"]),
             scales=scales,

@@ -146,6 +146,12 @@ class Flags(Scanned):
                 raise FlagError(f"got {what} {got!s}; this scan has {', '.join(map(str, known))}")
         return f"{trait}/{place}/{score}"
 
+    def _check_source(self, source: str | None) -> None:
+        names = self.manifest["asked"]["order"]
+        if source is not None and source not in names:
+            known = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+            raise FlagError(f"got source {source!r}; this scan has {known}")
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The scored rows as pyarrow tables, one shard at a time."""
         return tables(self.folder, columns)
@@ -183,14 +189,17 @@ class Flags(Scanned):
         if not isinstance(n, Integral) or n < 0:
             raise FlagError(f"got {n!r} rows to show; wanted a whole number, 0 or more")
         column = self.column(trait, site=site, score=score)
+        self._check_source(source)
         if not n:
             return []
         best: list[tuple[float, int, dict[str, Any]]] = []
         sign, seen = (-1.0 if lowest else 1.0), 0
         for table in self.tables():
             values = table[column].to_numpy(zero_copy_only=False).astype(np.float64) * sign
+            if source is not None:
+                values[np.asarray(table["source"].to_pylist(), dtype=object) != source] = np.nan
             order = np.argsort(-values, kind="stable")  # NaN last
-            for at in order[: n if source is None else None].tolist():
+            for at in order[:n].tolist():
                 if np.isnan(values[at]):
                     break
                 # Earlier rows win ties, so that the list is the same however the data was cut.
@@ -198,8 +207,6 @@ class Flags(Scanned):
                 if len(best) >= n and entry <= best[0][:2]:
                     break
                 row = table.slice(at, 1).to_pylist()[0]
-                if source is not None and row["source"] != source:
-                    continue
                 (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
             seen += table.num_rows
         return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)]

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 import pvcore as pv
+from pvcore import flag_report
 from pvcore.flag_plots import histogram_edges, score_histogram
-from pvcore.flag_report import MOST_COUNTED, MOST_REASONS, correlation_of, reasons_of
+from pvcore.flag_report import MOST_COUNTED, MOST_REASONS, correlation_of, reasons_of, tokens_of
+from pvcore.numerals import number
 from pvcore.report import ReportError
 from tests import flag_data
+from tests.chat_templates import tokenizer_of
 from tests.flag_data import bank, chats, model, table, write_jsonl
 
 
@@ -132,3 +136,41 @@ def test_reasons_are_counted_in_bounded_memory_and_all_of_them(kinds: int) -> No
     if kinds <= MOST_COUNTED:
         assert rows[1][:3] == [f"got {word(kinds - 1)!r}", "messages", 41]
     assert (rows[-1][0] == "other reasons") == (kinds > MOST_REASONS)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma", "mistral with a space"])
+def test_coloured_tokens_read_as_the_reply(family: str) -> None:
+    """Characters of several tokens, and tokens that begin with a space."""
+    template = tokenizer_of(family)
+    hf = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(template),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    hooked = pv.HookedModel(hf, template, model_id="tiny/qwen2")
+    reply = "It is so: a fox 🦊 lived, 狐 too. Why?"
+    chat = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": reply}]
+    strip = tokens_of(hooked, template, bank("evil"), pv.resid_post(2), chat)
+    assert "".join(strip.tokens).strip() == reply
+    assert len(strip.tokens) == len(strip.values["evil"])
+    assert [token for token in strip.tokens if "🦊" in token or "狐" in token]
+    assert any(token.startswith(" ") and token.strip() for token in strip.tokens[1:])
+
+
+def test_a_long_reply_shows_its_own_mean_and_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_report, "LONGEST_REPLY", 5)
+    rows = [{"prompt": "Ask", "response": text} for text in ("ab~~~~~~~~", "short")]
+    flags = pv.flag(model(), rows, bank("evil"), out=tmp_path / "out")
+    flags.report(tmp_path / "page.html", top=2)
+    html = (tmp_path / "page.html").read_text()
+    shown = re.findall(r"over the reply\">evil<b>(\S+)</b>", html)
+    means = [row["evil/resid_post.2/response_mean"] for row in table(flags).values()]
+    assert sorted(shown) == sorted(number(mean, signed=True) for mean in means)
+    assert html.count("…") == 1

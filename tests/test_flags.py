@@ -85,6 +85,18 @@ def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
     assert flags.site == pv.resid_post(2)
 
 
+def test_the_top_of_a_rare_source_is_found_and_an_unknown_source_refused(
+    flags: pv.Flags,
+) -> None:
+    name = list(flags.datasets)[1]
+    mine = [row for row in table(flags).values() if row["source"] == name]
+    wanted = sorted(mine, key=lambda row: -row[COLUMN])[:20]
+    assert [one.row for one in flags.top("evil", 30, source=name)] == [row["row"] for row in wanted]
+    for other in ("a.jsonl", Path(name).name, ""):
+        with pytest.raises(FlagError, match=r"got source .*; this scan has '"):
+            flags.top("evil", 0, source=other)
+
+
 def test_no_rows_may_be_asked_for(flags: pv.Flags) -> None:
     assert flags.top("evil", 0) == flags.top("evil", 0, source=next(iter(flags.datasets))) == []
 
