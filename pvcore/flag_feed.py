@@ -168,6 +168,8 @@ def heft(content: Any, most: int) -> int:
             left.extend(one.values())
         elif isinstance(one, list | tuple):
             left.extend(one)
+        else:
+            total += getattr(one, "nbytes", 0)  # arrays and tensors
     return total
 
 

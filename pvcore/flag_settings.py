@@ -52,8 +52,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise FlagError(f"got {name} {value!r}; wanted a whole number, at least 1")
+            # NumPy's numbers are no JSON, which the manifest is.
+            object.__setattr__(self, name, None if value is None else int(value))
         if not isinstance(self.seed, Integral):
             raise FlagError(f"got seed {self.seed!r}; wanted a whole number")
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "share", float(self.share))
 
     def tokens_on(self, model: HookedModel) -> int:
         """The budget of one batch."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KEYS, RowDefect, each_once, is_unicode
+from pvcore.flag_rows import BESIDE, KEYS, RowDefect, each_once, is_filled, is_unicode
 from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
@@ -34,7 +34,12 @@ SUFFIXES: Mapping[str, Kind] = {
 }
 LONGEST_LINE = 1 << 24
 # The start of a file in another encoding, which would otherwise be a million defective rows.
-MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive"}
+MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK": "a zip archive",
+    b"\x1f\x8b": "gzip (name it .gz)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Source:
     def rows(self, known: frozenset[str]) -> Iterator[RawRow]:
         """Every row in order; of columns only the known ones are loaded."""
         if self.path is None:
-            yield from self._held_rows()
+            yield from self._held_rows(known)
             return
         reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
@@ -85,13 +90,13 @@ class Source:
                 f"{self.kind} file. Mend it, or leave it out"
             ) from error
 
-    def _held_rows(self) -> Iterator[RawRow]:
+    def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
         size = len(self.held) if hasattr(self.held, "__len__") else None
         rows = enumerate(iter(self.held))
         while True:
             try:
                 row, record = next(rows)
-                record = _own(record)
+                record = _own(_narrowed(record, known))
             except StopIteration:
                 return
             except Exception as error:
@@ -129,7 +134,10 @@ class Source:
     def weight(self) -> float | None:
         """How much of the work it is, in bytes of file; None where that cannot be known."""
         if self.path is not None:
-            return float(self.path.stat().st_size)
+            try:
+                return float(self.path.stat().st_size)
+            except OSError:  # it was read, and is gone
+                return None
         return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
 
 
@@ -145,6 +153,17 @@ def decode(content: Any) -> Any:
         raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
+
+
+def _narrowed(record: Any, known: frozenset[str]) -> Any:
+    """A record without what is never looked at, such as images; its names stay. All, if none known.
+
+    What may not stand beside a conversation is only ever asked whether it is there.
+    """
+    if not known or not isinstance(record, dict):
+        return record
+    told = {name: is_filled(record[name]) or None for name in BESIDE if name in record}
+    return {name: told.get(name, one) if name in known else None for name, one in record.items()}
 
 
 def _own(value: Any) -> Any:
@@ -263,7 +282,7 @@ def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]
         packed = path.suffix.casefold() == ".gz"
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
         for row, begins, line in _bounded_lines(stream):
-            content: Any = line if row else _checked_start(line)
+            content: Any = line if row or not begins else _checked_start(line)
             if not begins or _is_blank(content):
                 continue
             if len(content) > LONGEST_LINE:
