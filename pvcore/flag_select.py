@@ -168,9 +168,12 @@ def threshold_of(
     percentile: Number,
     clean: Scanned | None,
     vector: PersonaVector | None,
-    flags: Scanned,
+    flags: Scanned | None = None,
 ) -> float:
-    """The threshold given, or a percentile of clean data or of the vector's calibration."""
+    """The threshold given, or a percentile of clean data or of the vector's calibration.
+
+    Clean data must be scored as the `flags` are, where these are there already.
+    """
     if threshold is not None:
         if not isinstance(threshold, Real) or not np.isfinite(threshold):
             raise FlagError(f"got threshold {threshold!r}; wanted a finite number")
@@ -178,7 +181,8 @@ def threshold_of(
     if not isinstance(percentile, Real) or not 0 < percentile < 100:
         raise FlagError(f"got percentile {percentile!r}; wanted one between 0 and 100")
     if clean is not None:
-        check_alike(flags, clean, column)
+        if flags is not None:
+            check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)
     _, site, score = column.rsplit("/", 2)
     held = {} if vector is None else vector.calibration.get(site, {})
