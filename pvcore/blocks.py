@@ -183,7 +183,7 @@ def length_borders(hf: Any) -> tuple[int, ...]:
         for one in rules
         if one.get("rope_type", one.get("type")) == "longrope"
     }
-    return tuple(sorted(found - {None}))
+    return tuple(sorted(border for border in found if border is not None))
 
 
 def _text_config(hf: Any) -> Any:

@@ -99,7 +99,7 @@ def _run(options: dict[str, Any]) -> None:
     require_places(report)
     if top < 0:
         raise PvcoreError(f"got --top {top}; wanted 0 or more")
-    sources = resolve(options["sources"])
+    sources = resolve(options["sources"], without=options["out"])
     bank = VectorBank(vectors_at(options["vector"]), layers=split_list(options["layers"], int))
     rules = _rules(options, bank, sources)
     found = _scanned(options, bank)

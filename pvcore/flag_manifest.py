@@ -10,6 +10,7 @@ from typing import Any
 from pvcore.errors import FlagError
 from pvcore.files import write_durably
 from pvcore.flag_shards import clear, footers
+from pvcore.vector_files import pvcore_version
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -49,10 +50,34 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
                 f"{'; '.join(changes[:SHOWN])}{more}. Ask as before to finish it, or give another "
                 "out"
             )
-        return held
-    made = {"format": FORMAT, "status": "running", "asked": dict(asked)}
+        return _noted(folder, held)
+    made = {
+        "format": FORMAT,
+        "status": "running",
+        "fingerprint": fingerprint(asked),
+        "versions": [versions()],
+        "asked": dict(asked),
+    }
     write(folder, made)
     return made
+
+
+def versions() -> dict[str, str]:
+    """What scores here. Told, not compared: another version may go on with a scan."""
+    import transformers
+
+    return {"pvcore": pvcore_version(), "transformers": transformers.__version__}
+
+
+def _noted(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the versions that go on; written down before they make anything."""
+    known, now = held.get("versions", []), versions()
+    if now in known:
+        return held
+    noted = {**held, "versions": [*known, now]}
+    if held["status"] != "complete":
+        write(folder, noted)
+    return noted
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ class OwnReplies(Protocol):
 
 
 def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
-    """Whether a row belongs to the random subset; the same rows whatever the order of the data."""
+    """Whether a row, known by its number, belongs to the random subset of its source."""
     name = f"{seed}\0{source}\0{row}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") < share * 2**64
 

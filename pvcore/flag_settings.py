@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_generation, of_tokenizing, of_weights
+from pvcore.fingerprints import of_generation, of_marks, of_tokenizing, of_weights
 from pvcore.flag_dates import pinned, written
 from pvcore.flag_plans import armed_on
 from pvcore.flag_rows import Form
@@ -122,6 +122,7 @@ def asked_of(
             "d_model": model.d_model,
             # The weights say what no probe reaches, and the probe what else may act.
             "weights": of_weights(model.hf),
+            "marks": of_marks(model.hf, model.tokenizer),
             "probe": probe(model, bank),
         },
         "tokenizer": of_tokenizing(model.tokenizer),

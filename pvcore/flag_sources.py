@@ -178,12 +178,13 @@ def _own(value: Any) -> Any:
     return [_own(held) for held in value] if isinstance(value, list) else value
 
 
-def resolve(sources: Sources) -> list[Source]:
+def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
     """The sources meant: a path, a glob, a data set, a mapping of names to these, or a list.
 
-    Raises `SourceError` for what is not there, is no known kind, or comes twice.
+    No glob finds what lies in the folder `without`, where a scan keeps its own tables. Raises
+    `SourceError` for what is not there, is no known kind, or comes twice.
     """
-    found = list(_resolved(sources, ""))
+    found = list(_resolved(sources, "", without))
     if not found:
         raise SourceError("got no sources; wanted a file, a glob or a data set at least")
     names = [source.name for source in found]
@@ -206,17 +207,17 @@ def resolve(sources: Sources) -> list[Source]:
     return found
 
 
-def _resolved(sources: Any, name: str) -> Iterator[Source]:
+def _resolved(sources: Any, name: str, without: Path | None) -> Iterator[Source]:
     if isinstance(sources, str | PathLike):
-        yield from _files(str(sources), name)
+        yield from _files(str(sources), name, without)
     elif isinstance(sources, Mapping):
         for key, value in sources.items():
             if not isinstance(key, str) or not key.strip():
                 raise SourceError(f"got {key!r} as the name of a source; wanted text")
-            yield from _resolved(value, key)
+            yield from _resolved(value, key, without)
     elif _is_list_of_sources(sources):
         for place, value in enumerate(sources):
-            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "")
+            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "", without)
     elif _is_rows(sources):
         _check_rows(sources)
         yield Source(name=name or "rows", kind="rows", held=sources)
@@ -256,11 +257,10 @@ def _is_list_of_sources(value: object) -> bool:
     return isinstance(value[0], str | PathLike) or _is_rows(value[0])
 
 
-def _files(pattern: str, name: str) -> Iterator[Source]:
+def _files(pattern: str, name: str, without: Path | None) -> Iterator[Source]:
     if Path(pattern).is_dir():
         raise SourceError(f"got the folder {pattern}; wanted files: write {pattern}/*.jsonl")
-    paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if Path(path).is_file()]
+    paths = [pattern] if Path(pattern).is_file() else _matching(pattern, without)
     if not paths:
         raise SourceError(f"got {pattern}, where there is no file; wanted a file or a glob")
     for path in paths:
@@ -274,6 +274,12 @@ def _files(pattern: str, name: str) -> Iterator[Source]:
             )
         label = Path(path).as_posix() if not name or len(paths) > 1 else name
         yield Source(name=label, kind=kind, path=Path(path))
+
+
+def _matching(pattern: str, without: Path | None) -> list[str]:
+    paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+    folder = None if without is None else without.resolve()
+    return sorted(path for path in paths if folder not in Path(path).resolve().parents)
 
 
 def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]]:

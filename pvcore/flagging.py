@@ -96,7 +96,9 @@ def flag(
     )
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     check_subject(model, stacked, check_model)
-    return _flags(model, resolve(sources), stacked, Path(out), settings, replies, progress)
+    folder = Path(out)
+    found = resolve(sources, without=folder)
+    return _flags(model, found, stacked, folder, settings, replies, progress)
 
 
 def _flags(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_weights
+from pvcore.fingerprints import of_tokenizing, of_weights
 from pvcore.flag_estimates import Running
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
@@ -64,7 +64,7 @@ class Flags(Scanned):
         self.manifest: dict[str, Any] = manifest
         self._check_shards()
         self.origin = Origin(manifest)
-        self._sources = _resolved(sources)
+        self._sources = _resolved(sources, self.folder)
         self.origin.check_names(self._sources or ())
         _check_scored_by(manifest["asked"], model, bank)
         self._model, self._bank = model, bank
@@ -288,7 +288,14 @@ def _check_scored_by(
                     f"got a bank whose {trait} at {', '.join(map(str, sites))} is not the vector "
                     "that this scan was made with; wanted the same bank. Give it, or flag anew"
                 )
-    if model is not None and of_weights(model.hf) != asked["model"]["weights"]:
+    if model is None:
+        return
+    if of_tokenizing(model.tokenizer) != asked["tokenizer"]:
+        raise FlagError(
+            "got a model with another tokenizer than the one that made the tokens of this scan; "
+            "wanted the same. Give it, or flag anew"
+        )
+    if of_weights(model.hf) != asked["model"]["weights"]:
         named = asked["model"]["id"] or "a model without a name"
         raise FlagError(
             f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
@@ -296,11 +303,11 @@ def _check_scored_by(
         )
 
 
-def _resolved(sources: Any) -> tuple[Source, ...] | None:
+def _resolved(sources: Any, folder: Path) -> tuple[Source, ...] | None:
     if sources is None:
         return None
     are_known = isinstance(sources, list | tuple) and all(isinstance(s, Source) for s in sources)
-    return tuple(sources) if are_known else tuple(resolve(sources))
+    return tuple(sources) if are_known else tuple(resolve(sources, without=folder))
 
 
 def _flagged(row: dict[str, Any], column: str) -> FlaggedRow:

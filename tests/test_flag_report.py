@@ -12,7 +12,7 @@ import transformers
 
 import pvcore as pv
 from pvcore import flag_report
-from pvcore.flag_plots import histogram_edges, score_histogram
+from pvcore.flag_plots import histogram_edges, score_histogram, source_label
 from pvcore.flag_report import MOST_COUNTED, MOST_REASONS, correlation_of, reasons_of, tokens_of
 from pvcore.numerals import number
 from pvcore.report import ReportError
@@ -90,6 +90,19 @@ def test_histograms_count_every_row() -> None:
             score_histogram([0.0, 1.0], counts, trait="evil", score="s")
     with pytest.raises(ReportError, match="counts of a"):
         score_histogram(edges, {"a": [1]}, trait="evil", score="s")
+
+
+def test_the_legend_names_every_source() -> None:
+    long = [f"{'folder' * 9}/{name}/train.jsonl" for name in ("one", "two")]
+    ends = [f"{name}/{'middle' * 9}/train.jsonl" for name in ("one", "two")]
+    names = ["_raw/a.jsonl", "_default", "plain", *long, *ends]
+    counts = {name: [1] for name in names}
+    svg = score_histogram([0.0, 1.0], counts, trait="evil", score="s")
+    for name in names:
+        assert f">{source_label(name)}<" in svg
+        assert source_label(name).strip()[:3] == name[:3]
+    assert len(set(map(source_label, names))) == len(names)
+    assert max(map(len, map(source_label, names))) < 42
 
 
 def test_many_sources_share_a_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import tempfile
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import pvcore as pv
+from pvcore import flag_manifest
 from pvcore.errors import FlagError, SourceError, VectorError
 from pvcore.flag_replies import in_subset
 from pvcore.flag_shards import footers
@@ -193,6 +195,56 @@ def test_an_armed_plan_is_another_scan(hooked: pv.HookedModel, data: Path, tmp_p
     steering = hooked.steer(pv.Add(bank()["evil"], coeff=1.0, layers=[0], span="all"))
     with steering, pytest.raises(FlagError, match="a plan is armed"):
         pv.flag(hooked, data, bank(), out=tmp_path / "out")
+
+
+def test_a_model_of_which_a_mark_alone_was_trained_is_another(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    pv.flag(hooked, data, bank(), out=tmp_path / "out")
+    other, mark = model(), tokenizer().convert_tokens_to_ids("<|im_start|>")
+    with torch.no_grad():
+        other.hf.get_input_embeddings().weight[mark, 1] += 0.5
+    with pytest.raises(FlagError, match=r"model\.marks was .* and is [^;]*$"):
+        pv.flag(other, data, bank(), out=tmp_path / "out")
+
+
+def test_a_glob_leaves_out_what_the_scan_itself_has_written(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    rows = flag_data.write_parquet(
+        Path("data/d.parquet"), [flag_data.as_pair(ROWS[at]) for at in (0, 1)]
+    )
+    for _ in range(2):
+        flags = pv.flag(hooked, "data/**/*.parquet", bank(), out="data/flags")
+        assert list(flags.datasets) == [rows.as_posix()]
+    loaded = pv.Flags.load("data/flags", sources="data/**/*.parquet")
+    assert len(loaded.conversations(loaded.top("evil", 2))) == 2
+
+
+def test_other_versions_may_go_on_and_are_told(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def held() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        return found
+
+    wanted = scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8))
+    assert held()["versions"] == [
+        {"pvcore": version("pvcore"), "transformers": version("transformers")}
+    ]
+    assert held()["fingerprint"] == next(footers(out)).fingerprint
+    assert held()["fingerprint"] == flag_manifest.fingerprint(held()["asked"])
+    newer = {"pvcore": "99.0", "transformers": "99.1"}
+    monkeypatch.setattr(flag_manifest, "versions", lambda: newer)
+    pv.flag(hooked, data, bank(), out=out, shard_rows=8)
+    assert newer not in held()["versions"]  # nothing was left to do
+    (out / "scores/part-000001.parquet").unlink()
+    assert scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8)) == wanted
+    assert held()["versions"][1:] == [newer]
 
 
 def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: Path) -> None:
@@ -528,7 +580,7 @@ def test_a_subset_has_the_exact_difference_and_an_interval(
     assert flagged[0].score == max(known.values())
 
 
-def test_a_subset_does_not_depend_on_order_and_grows_with_its_share() -> None:
+def test_a_subset_goes_by_row_and_grows_with_its_share() -> None:
     def chosen(share: float, seed: int = 0) -> set[int]:
         return {r for r in range(2000) if in_subset("data", r, share, seed)}
 
@@ -618,8 +670,6 @@ def test_nothing_to_score_is_an_error(hooked: pv.HookedModel, tmp_path: Path) ->
 
 
 def test_two_scans_never_share_a_folder(hooked: pv.HookedModel, data: Path, tmp_path: Path) -> None:
-    from pvcore import flag_manifest
-
     out = tmp_path / "out"
     out.mkdir()
     with flag_manifest.alone(out):

@@ -18,6 +18,7 @@ import pvcore as pv
 from pvcore import flag_sources
 from pvcore.errors import FlagError
 from tests import flag_data
+from tests.families import tokenizer
 from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
 
 ENUMERATED = list(enumerate(chats(10)))
@@ -203,6 +204,9 @@ def test_a_scan_is_read_with_the_bank_and_the_model_that_made_it(
     for subject in (model(seed=1), pv.HookedModel(model().hf.double(), hooked.tokenizer)):
         with pytest.raises(FlagError, match=r"other than the one that scored, qwen2 in float32"):
             pv.Flags.load(flags.folder, model=subject)
+    retold = pv.HookedModel(model().hf, tokenizer(template="{{ messages }}"), model_id="tiny/qwen2")
+    with pytest.raises(FlagError, match="another tokenizer than the one"):
+        pv.Flags.load(flags.folder, model=retold)
 
 
 def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
