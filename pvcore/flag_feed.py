@@ -46,12 +46,17 @@ class Portion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """Where the rows come from and how they are read. `held` knows the shards already made."""
+    """Where the rows come from and how they are read. `held` knows the shards already made.
+
+    `begins` is told the name of each iterator that can be read but once, and a mark of its first
+    row.
+    """
 
     sources: Sequence[Source]
     reading: Reading
     shard_rows: int
     held: Callable[[int], Footer | None]
+    begins: Callable[[str, str], None] = lambda name, mark: None
     witnesses: dict[str, Witness] = field(default_factory=dict)
 
     def portions(self) -> Iterator[Portion]:
@@ -81,6 +86,8 @@ class Feed:
             for raw in source.rows(form.known):
                 if witness is not None:
                     witness.see(raw)
+                    if raw.row == 0 and hasattr(source.held, "__next__"):
+                        self.begins(source.name, str(witness.tally["sha256"]))
                 yield source, raw
 
     def _read(self, shard: int, rows: Iterator[Row], total: float) -> Iterator[Portion]:

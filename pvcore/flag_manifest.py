@@ -80,6 +80,29 @@ def _noted(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
     return noted
 
 
+def note_beginning(folder: Path, source: str, mark: str) -> None:
+    """Note the first row of an iterator; `FlagError` where this scan began with another.
+
+    What an interrupted call has taken out of it before the first shard was there is gone.
+    """
+    held = read(folder) or {}
+    known = held.get("begun", {})
+    if known.get(source, mark) != mark:
+        raise FlagError(
+            f"got {source}, which begins with another row than when this scan began (an iterator "
+            "that was read before?); wanted the same data from its beginning. Give a fresh "
+            "iterator, or another out"
+        )
+    if source not in known:
+        write(folder, {**held, "begun": {**known, source: mark}})
+
+
+def finish(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Write that everything is there."""
+    kept = {name: value for name, value in manifest.items() if name != "begun"}
+    write(folder, {**kept, "status": "complete", **found})
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder; None where it was cut short. `FlagError` for another format."""
     try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _flags(
                 replies=given,
                 mark=fingerprint(asked),
             )
-            flag_manifest.write(folder, {**manifest, "status": "complete", **scan.run(progress)})
+            flag_manifest.finish(folder, manifest, scan.run(progress))
     return Flags(folder, sources=sources, model=model, bank=bank)
 
 
@@ -166,6 +167,7 @@ class Scan:
                 reading=self.reading,
                 shard_rows=self.settings.shard_rows,
                 held=self._held,
+                begins=partial(flag_manifest.note_beginning, self.folder),
             )
             show = stack.enter_context(bar(shown=progress))
             writer = stack.enter_context(ThreadPoolExecutor(1, "pvcore-flag-writer"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import sqlite3
 import tempfile
 import threading
@@ -21,6 +22,7 @@ import pvcore as pv
 from pvcore import flag_manifest
 from pvcore.errors import FlagError, SourceError, VectorError
 from pvcore.flag_replies import in_subset
+from pvcore.flag_scan import Scorer
 from pvcore.flag_shards import footers
 from tests import flag_data
 from tests.chat_templates import QWEN3
@@ -104,6 +106,42 @@ def test_neither_order_nor_cut_nor_batch_changes_a_score(
         assert furthest(*flat) <= 1e-5
     spread = [row["evil/resid_post.2/difference"] for row in wanted.values()]
     assert max(spread) - min(spread) > 0.1
+
+
+def test_neither_order_nor_cut_nor_batch_changes_what_is_flagged(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    """Rows of other projections than each other's, so that no rounding can swap two."""
+    rows = [{"id": f"chat {at}", "messages": chat} for at, chat in enumerate(chats(60))]
+    neutral = [{"messages": chat} for chat in chats(40, first=200)]
+
+    def scan(name: str, given: list[Any], **settings: Any) -> dict[str, Any]:
+        flags = pv.flag(hooked, given, bank(), out=tmp_path / name, **settings)
+        clean = pv.flag(hooked, neutral, bank(), out=tmp_path / f"{name} clean", **settings)
+        ids = {key: row["id"] for key, row in table(flags).items()}
+        told: dict[str, Any] = {}
+        for trait in flags.traits:
+            for score in ("difference", "response_mean"):
+                top = flags.top(trait, 12, score=score)
+                told[f"{trait} {score} top"] = [row.id for row in top]
+                low = flags.top(trait, 5, score=score, lowest=True)
+                told[f"{trait} {score} low"] = [row.id for row in low]
+                found = flags.filter(trait, percentile=80, clean=clean, score=score)
+                told[f"{trait} {score}"] = {ids[key] for key in ids if key in found}
+        return told
+
+    wanted = scan("plain", rows)
+    assert all(0 < len(one) < 60 for one in wanted.values())
+    assert len({str(one) for one in wanted.values()}) > 8
+    shuffled = random.Random(0).sample(rows, len(rows))
+    for name, given, settings in (
+        ("reversed", rows[::-1], {}),
+        ("shuffled", shuffled, {"shard_rows": 7, "max_tokens": 150}),
+        ("one by one", rows, {"max_tokens": 1}),
+        ("all at once", rows, {"max_tokens": 10**6}),
+        ("many shards", rows, {"shard_rows": 3}),
+    ):
+        assert scan(name, given, **settings) == wanted, name
 
 
 def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
@@ -256,6 +294,37 @@ def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: 
         pv.flag(hooked, [*rows[:9], rows[0], *rows[10:]], bank(), out=out, shard_rows=8)
     with pytest.raises(FlagError, match="data has become less"):
         pv.flag(hooked, rows[:8], bank(), out=out, shard_rows=8)
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator"])
+def test_an_iterator_that_an_interrupted_call_has_read_is_refused(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows, out = [{"messages": chat} for chat in ROWS], tmp_path / "out"
+
+    def fresh() -> Any:
+        return iter(rows) if kind == "iterator" else (row for row in rows)
+
+    begun, plain = fresh(), Scorer.__call__
+
+    def stopped(self: Any, samples: Any) -> Any:
+        if len(samples) > 1:
+            raise KeyboardInterrupt
+        return plain(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__call__", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
+    assert not list(out.glob("scores/*"))
+    for _ in range(2):
+        with pytest.raises(FlagError, match="got rows, which begins with another row"):
+            pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
+    assert next(begun)["messages"] in ROWS[4:]  # there were rows left that would have been all
+    flags = pv.flag(hooked, fresh(), bank(), out=out, shard_rows=4)
+    assert {row for _, row in table(flags)} == set(range(41))
+    assert scores(pv.flag(hooked, rows, bank(), out=out, shard_rows=4)) == scores(flags)
+    assert "begun" not in flags.manifest
 
 
 def test_a_data_set_that_became_shorter_loses_no_row_of_the_files_behind_it(
