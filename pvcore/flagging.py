@@ -85,32 +85,30 @@ def flag(
     refuses and says what changed. `exact` and `subset` take own replies from the file `replies`.
     Under an armed plan all forwards are those of the steered model, also the own replies'.
     """
-    form = Form(prompt=prompt, answer=answer, turn=turn)
     settings = Settings(
         difference=difference,
         share=share,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        form=form,
+        form=Form(prompt=prompt, answer=answer, turn=turn),
         shard_rows=shard_rows,
         max_tokens=max_tokens,
     )
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     check_subject(model, stacked, check_model)
-    folder = Path(out)
-    found = resolve(sources, without=folder)
-    return _flags(model, found, stacked, folder, settings, replies, progress)
+    return _flags(model, sources, stacked, Path(out), settings, replies, progress)
 
 
 def _flags(
     model: HookedModel,
-    sources: Sequence[Source],
+    given_sources: Sources,
     bank: VectorBank,
     folder: Path,
     settings: Settings,
     replies: str | PathLike[str] | None,
     progress: bool,
 ) -> Flags:
+    sources = resolve(given_sources, without=folder)
     given = _replies_source(replies, settings)
     reading_of(model, settings.form)  # refuses what cannot be read, before a folder is made
     prepare(folder)
