@@ -45,8 +45,10 @@ ROLES = {
 KEYS = (("role", "content"), ("from", "value"))
 # What a message, or a row, may hold beside its text; the chat without it would be another.
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", *MEDIA)
-BESIDE = ("tools", "functions", *MEDIA)
+UNREAD = frozenset(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", *MEDIA)
+)
+BESIDE = frozenset(("tools", "functions", *MEDIA))
 # What a reader of columns needs to load: nothing else of a row is ever looked at.
 PAIRED = frozenset(name for pair in PAIRS for name in pair)
 KNOWN = PAIRED | {*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *BESIDE}
@@ -93,11 +95,10 @@ def conversation(record: object, form: Form) -> list[Message]:
     """The messages of a row, its last one the assistant's. Raises `RowDefect`."""
     if not isinstance(record, dict | Mapping):
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
-    for name in BESIDE:
-        if is_filled(record.get(name)) and name not in (form.prompt, form.answer):
-            raise RowDefect(
-                name, "got more than text; wanted a conversation of text alone, without this field"
-            )
+    if beside := _beside(record, BESIDE - {form.prompt, form.answer}):
+        raise RowDefect(
+            beside, "got more than text; wanted a conversation of text alone, without this field"
+        )
     messages = _messages(record, form)
     if form.turn == "first":
         messages = _to_first_reply(messages)
@@ -114,6 +115,13 @@ def conversation(record: object, form: Form) -> list[Message]:
     if length > LONGEST_TEXT:
         raise RowDefect(where, f"got {length} characters; wanted at most {LONGEST_TEXT}")
     return messages
+
+
+def _beside(held: Mapping[object, object], names: frozenset[str]) -> str | None:
+    """The first field of some that says anything; most rows have none of them."""
+    if names.isdisjoint(held):
+        return None
+    return next((name for name in sorted(names) if is_filled(held.get(name))), None)
 
 
 def is_filled(value: object) -> bool:
@@ -243,7 +251,7 @@ def _message(entry: object, where: str) -> Message:
         raise RowDefect(
             f"{where}.{keys[0]}", f"got {_shown(role)}; wanted system, user or assistant"
         )
-    if beside := next((name for name in UNREAD if is_filled(entry.get(name))), None):
+    if beside := _beside(entry, UNREAD):
         raise RowDefect(f"{where}.{beside}", "got more than text; wanted messages of text alone")
     content = _text(entry.get(keys[1]), f"{where}.{keys[1]}")
     return {"role": ROLES[role.strip().casefold()], "content": content}

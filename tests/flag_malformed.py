@@ -47,7 +47,7 @@ def _no_objects() -> Iterator[Row]:
             yield f"{name} for a row", _line(value), ""
     yield "no fields", _line({}), ""
     yield "fields nobody knows", _line({"text": "Once upon a time"}), ""
-    for name in BESIDE:
+    for name in sorted(BESIDE):
         yield f"a conversation with {name}", _line({**GOOD, name: "something"}), name
     yield "half a pair", _line({"prompt": "Is it?"}), ""
     yield "nothing in messages", _line({"messages": None}), ""

@@ -142,6 +142,8 @@ def test_a_row_of_more_than_text_is_rejected_and_not_cut(name: str, value: Any) 
         assert caught.value.field == f"messages[0].{name}"
     own = Form(prompt="q", answer=name)
     assert conversation({"q": "Q", name: "A"}, own) == [ASK, TELL]
+    with pytest.raises(RowDefect, match="got more than text"):
+        conversation({"q": "Q", name: "A", "tools" if name == "image" else "image": value}, own)
 
 
 @pytest.mark.parametrize(
