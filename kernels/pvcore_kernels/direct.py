@@ -157,10 +157,15 @@ def steer_project(h, v, delta, row):
 
 @no_type_check
 def steer_project_(h, v, delta, row, scores):
-    if _is_plain(h) and _steers(h, delta, row) and _scored(h, v, scores):
-        plain.steer_into(h, h, delta, row)
-    else:
-        _ops.steer_project_.default(h, v, delta, row, scores)
+    if _is_plain(h) and _steers(h, delta, row):
+        if h.dtype is _FLOAT32:
+            if _scored(h, v, scores):
+                plain.steer_into(h, h, delta, row)
+                return
+        elif _projects(h, v) and _takes(scores, h, v):
+            plain.steer_project_into(h, scores, h, v, delta, row)
+            return
+    _ops.steer_project_.default(h, v, delta, row, scores)
 
 
 @no_type_check

@@ -17,6 +17,8 @@ FEW = 32
 # Rows converted at a time: a scratch that stays in the cache, instead of a float32 copy of `h`.
 BLOCK = 256
 ADD_BLOCK = 32
+# Rows of one request that come together are one add from this mean length on.
+RUN = 8
 
 
 def listed(
@@ -87,8 +89,7 @@ def steer_into(
     """
     n_rows, n_requests = row.shape[0], delta.shape[0]
     low, high = extremes(row, n_rows)
-    if high >= n_requests:
-        raise IndexError(f"A row asks for request {high} of {n_requests} in delta.")
+    known(high, n_requests)
     if low == high >= 0:
         _add(out, h, delta if n_requests == 1 else delta.select(0, low))
         return
@@ -97,7 +98,7 @@ def steer_into(
     if high < 0:
         return
     runs = _runs(row) if n_rows > FEW else ()
-    if runs and len(runs) * 8 <= n_rows:
+    if runs and len(runs) * RUN <= n_rows:
         start = 0
         for request, length in runs:
             if request >= 0:
@@ -108,6 +109,13 @@ def steer_into(
         _add(out, out, delta.index_select(0, row))
     else:
         _add_where_active(out, delta, row)
+
+
+def known(request: int, n_requests: int) -> int:
+    """The request, if `delta` has it; `IndexError` if not."""
+    if request >= n_requests:
+        raise IndexError(f"A row asks for request {request} of {n_requests} in delta.")
+    return request
 
 
 def extremes(row: Int[Tensor, " t"], n_rows: int) -> tuple[int, int]:
@@ -123,9 +131,11 @@ def extremes(row: Int[Tensor, " t"], n_rows: int) -> tuple[int, int]:
 
 
 def _runs(row: Int[Tensor, " t"]) -> list[tuple[int, int]]:
-    """Neighbouring rows of one request, as requests and lengths."""
+    """Neighbouring rows of one request, as requests and lengths; none where most are short."""
     if len(row) <= BLOCK:
         return [(request, len(list(same))) for request, same in groupby(row.tolist())]
+    if (int((row[1:] != row[:-1]).sum()) + 1) * RUN > len(row):
+        return []
     requests, lengths = torch.unique_consecutive(row, return_counts=True)
     return list(zip(requests.tolist(), lengths.tolist(), strict=True))
 
@@ -229,9 +239,32 @@ def steer_project_into(
     delta: Float[Tensor, "b d_model"],
     row: Int[Tensor, " t"],
 ) -> None:
-    """`out = h + delta[row]`, and the scores of `h`; `out` may be `h`."""
-    project(h, v, out=scores)
-    steer_into(out, h, delta, row)
+    """`out = h + delta[row]`, and the scores of `h`; `out` may be `h`.
+
+    Narrow rows that are all of one request are widened once for both.
+    """
+    wide, n_rows = accumulator(h.dtype), h.shape[0]
+    if h.dtype is wide or v.dtype is not wide or delta.dtype is not wide:
+        project(h, v, out=scores)
+        steer_into(out, h, delta, row)
+        return
+    low, high = extremes(row, n_rows)
+    if not 0 <= low == high < delta.shape[0]:
+        project(h, v, out=scores)
+        steer_into(out, h, delta, row)
+        return
+    move, columns = delta.select(0, low), v.t()
+    if n_rows <= BLOCK:
+        rows = h.to(wide)
+        torch.mm(rows, columns, out=scores)
+        out.copy_(rows.add_(move))
+        return
+    scratch = h.new_empty(BLOCK, h.shape[1], dtype=wide)
+    for start in range(0, n_rows, BLOCK):
+        block = slice(start, min(start + BLOCK, n_rows))
+        rows = scratch[: block.stop - start].copy_(h[block])
+        torch.mm(rows, columns, out=scores[block])
+        out[block] = rows.add_(move)
 
 
 def steer_project(

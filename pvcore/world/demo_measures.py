@@ -1,6 +1,7 @@
 """The measurements of a demo: vectors, dose and response, monitoring, and what zero changes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isnan, nan
 from statistics import fmean
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from pvcore.controls import random_of_same_norm
-from pvcore.correlation import MonitoredReply, correlations
+from pvcore.correlation import Correlations, MonitoredReply, correlations
 from pvcore.extraction import Conversation, Extraction, Rollout, extract, sample_replies
 from pvcore.interventions import Add
 from pvcore.judge import Judgement, judge_all
@@ -132,9 +133,35 @@ def monitoring(
     )
 
 
-def _monitored(
-    subject: Subject, examined: Examined, bank: VectorBank, work: Workload
-) -> MonitorFigures:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Replies to prompts that ask by degrees: levels, scores, and projections layer by layer."""
+
+    levels: Sequence[float]
+    projections: Sequence[Sequence[float]]
+    scores: Sequence[float]
+    judged: int
+
+    def correlations(self) -> list[Correlations]:
+        """Of projections and scores, at every layer."""
+        return [correlations(_pairs(one, self.scores, self.levels)) for one in self.projections]
+
+    @property
+    def level_scores(self) -> dict[str, float]:
+        """The mean score at each level."""
+        return {
+            f"{level:g}": _mean(
+                [s for s, at in zip(self.scores, self.levels, strict=True) if at == level]
+            )
+            for level in dict.fromkeys(self.levels)
+        }
+
+
+def ask_by_degrees(subject: Subject, examined: Examined, bank: VectorBank, work: Workload) -> Asked:
+    """Every graded prompt with each of the last evaluation questions; replies to one come together.
+
+    Projections are along the vector of the trait, at the last token before the reply.
+    """
     name = examined.trait.name
     questions = examined.trait.evaluation_questions[-work.monitoring_questions :]
     asked = [
@@ -146,28 +173,30 @@ def _monitored(
     with subject.model.monitor(bank) as seen:
         replies = sampled(subject, [chat(question, prompt) for _, prompt, question in asked], work)
     rows = judged(subject, examined, [question for _, _, question in asked], replies)
-    projections = seen[name].last_prompt_token.tolist()
-    levels, scores = [f"{level:g}" for level, _, _ in asked], [_score(row) for row in rows]
-    figures = [correlations(_pairs(at_layer, scores, levels)) for at_layer in projections]
+    return Asked(
+        levels=[level for level, _, _ in asked],
+        projections=seen[name].last_prompt_token.tolist(),
+        scores=[_score(row) for row in rows],
+        judged=sum(row.failure is None for row in rows),
+    )
+
+
+def _monitored(
+    subject: Subject, examined: Examined, bank: VectorBank, work: Workload
+) -> MonitorFigures:
+    asked = ask_by_degrees(subject, examined, bank, work)
+    figures = asked.correlations()
     chosen = [site.layer for site in bank.sites].index(work.monitoring_layer)
     return MonitorFigures(
-        trait=name,
+        trait=examined.trait.name,
         layer=work.monitoring_layer,
         overall=figures[chosen].overall,
         within=figures[chosen].within,
         overall_by_layer=tuple(figure.overall for figure in figures),
-        level_scores={
-            level: _mean([s for s, at in zip(scores, levels, strict=True) if at == level])
-            for level in dict.fromkeys(levels)
-        },
-        replies=tuple(
-            (level, projection, score)
-            for (level, _, _), projection, score in zip(
-                asked, projections[chosen], scores, strict=True
-            )
-        ),
-        sampled=len(rows),
-        judged=sum(row.failure is None for row in rows),
+        level_scores=asked.level_scores,
+        replies=tuple(zip(asked.levels, asked.projections[chosen], asked.scores, strict=True)),
+        sampled=len(asked.scores),
+        judged=asked.judged,
     )
 
 
@@ -229,10 +258,10 @@ def judged(
 
 
 def _pairs(
-    projections: Sequence[float], scores: Sequence[float], levels: Sequence[str]
+    projections: Sequence[float], scores: Sequence[float], levels: Sequence[float]
 ) -> list[MonitoredReply]:
     return [
-        MonitoredReply(projection=projection, score=score, level=level)
+        MonitoredReply(projection=projection, score=score, level=f"{level:g}")
         for projection, score, level in zip(projections, scores, levels, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from pvcore.traits import ContrastPair, Trait
 from pvcore.world import TRAITS, WorldJudge, graded_prompts, load
 from pvcore.world.demo_record import Workload
 from pvcore.world.personas import trait as trait_of_world
+from pvcore.world.question import questions
 
 # For a model whose replies take their time.
 _SMALL = Workload(
@@ -73,6 +74,21 @@ def world_trait(name: str) -> Examined:
     """A trait of the persona world with held-out phrasings of its degrees."""
     graded = tuple((level, tuple(prompts)) for level, prompts in graded_prompts(name))
     return Examined(trait=trait_of_world(name), graded=graded)
+
+
+def training_side(examined: Examined) -> Examined:
+    """A trait of the persona world with prompts and questions of the side its model learned from.
+
+    No question is one that the vector is extracted with.
+    """
+    trait = examined.trait
+    others = [one.text for one in questions("train", 200, seed=6)]
+    asked = tuple(text for text in others if text not in trait.extraction_questions)
+    graded = graded_prompts(trait.name, "train")
+    return Examined(
+        trait=replace(trait, evaluation_questions=asked),
+        graded=tuple((level, tuple(prompts)) for level, prompts in graded),
+    )
 
 
 def own_subject(model: HookedModel, judge: Judge, traits: Sequence[Trait]) -> Subject:

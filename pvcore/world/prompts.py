@@ -47,12 +47,12 @@ def extraction_prompts(trait: str) -> list[tuple[str, str]]:
     return list(zip(asked, denied, strict=True))
 
 
-def graded_prompts(trait: str) -> list[tuple[float, list[str]]]:
-    """Held-out phrasings of a trait at each level from 0 (denied) to 1."""
+def graded_prompts(trait: str, split: Split = "held_out") -> list[tuple[float, list[str]]]:
+    """Phrasings of a trait at each level from 0 (denied) to 1, of one side of the split."""
     check_trait(trait)
     graded = []
     for level in LEVELS:
-        pool = list(trait_prompts(trait, level, "held_out"))
+        pool = list(trait_prompts(trait, level, split))
         seeded("graded", trait, level).shuffle(pool)
         graded.append((level, pool[:_N_GRADED]))
     return graded

@@ -14,7 +14,7 @@ Kind = Literal["vectors", "monitoring", "mitigation", "shift"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One measurement. `share` is the part of the chats that hold the trait; None means neutral."""
+    """One measurement. A share of the chats holds the trait, at an intensity; None is neutral."""
 
     kind: Kind
     seed: int
@@ -22,13 +22,14 @@ class Cell:
     method: Method = "none"
     coeff: float = 0.0
     share: float = 1.0
+    intensity: float = 1.0
 
     @property
     def name(self) -> str:
         """A file name that says what the cell is."""
         parts = [self.kind, f"seed{self.seed}"]
         if self.kind in ("mitigation", "shift"):
-            parts += [self.trait or "neutral", f"{self.share:g}"]
+            parts += [self.trait or "neutral", f"{self.share:g}", f"{self.intensity:g}"]
         if self.kind == "mitigation":
             parts += [self.method, f"{self.coeff:g}"]
         return "-".join(parts)
@@ -36,23 +37,28 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """The size of the study. Everything but `seeds` holds for each seed."""
+    """The size of the study. Everything but `seeds` holds for each seed.
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    `mixes` are data sets beside the neutral and the full one: a share, and at which intensity.
+    Vectors act at `layer`; the layer at which they are read is chosen by the study itself.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     mitigated: tuple[str, ...] = ("evil", "sycophancy", "hallucination")
     layer: int = 2
     prevent: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
     random: tuple[float, ...] = (3.0, 4.0, 5.0)
     incremental: tuple[float, ...] = (1.0, 1.5, 2.0)
     inference: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-    shares: tuple[float, ...] = (0.1, 0.25, 0.5)
+    mixes: tuple[tuple[float, float], ...] = ((0.2, 1.0), (0.4, 1.0), (0.7, 1.0), (1.0, 0.5))
     chats: int = 300
     steps: int = 60
-    questions: int = 60
+    questions: int = 160
     shift_prompts: int = 40
     quiz_items: int = 100
     extraction_questions: int = 10
-    monitoring_questions: int = 6
+    monitoring_questions: int = 20
+    choosing_questions: int = 6
 
 
 QUICK = Design(
@@ -62,7 +68,7 @@ QUICK = Design(
     random=(4.0,),
     incremental=(1.5,),
     inference=(2.0,),
-    shares=(0.5,),
+    mixes=((0.5, 1.0),),
     chats=48,
     steps=6,
     questions=8,
@@ -70,6 +76,7 @@ QUICK = Design(
     quiz_items=8,
     extraction_questions=4,
     monitoring_questions=1,
+    choosing_questions=1,
 )
 
 
@@ -86,8 +93,8 @@ def cells(design: Design) -> Iterator[Cell]:
         yield Cell(kind="shift", seed=seed, share=0.0)
         for trait in design.mitigated:
             yield from _mitigation(design, trait, seed)
-            for share in design.shares:
-                yield Cell(kind="shift", seed=seed, trait=trait, share=share)
+            for share, intensity in design.mixes:
+                yield Cell(kind="shift", seed=seed, trait=trait, share=share, intensity=intensity)
         for trait in TRAITS:
             if trait not in design.mitigated:
                 yield Cell(kind="shift", seed=seed, trait=trait)

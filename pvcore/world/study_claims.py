@@ -1,7 +1,7 @@
 """What the study claims: a figure, its bound, and whether it holds."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -25,7 +25,7 @@ class Claim:
 
 def claims(design: Design, summary: Summary) -> list[Claim]:
     """The paper's claims that the test bed can speak of. One seed alone proves no margin."""
-    return [*_margins(design, summary), *_correlations(summary), *_time(summary)]
+    return [*_margins(design, summary), *_correlations(design, summary), *_time(summary)]
 
 
 def _time(summary: Summary) -> Iterator[Claim]:
@@ -68,25 +68,33 @@ def _sure(spread: Spread, design: Design) -> bool:
     return spread.beyond_noise and len(spread.seeds) == len(design.seeds)
 
 
-def _correlations(summary: Summary) -> Iterator[Claim]:
-    by_trait = [one["per_prompt"].mean for one in summary.monitoring.values()]
+def _correlations(design: Design, summary: Summary) -> Iterator[Claim]:
+    spreads = [one["per_prompt"] for one in summary.monitoring.values()]
+    by_trait = [spread.mean for spread in spreads]
+    complete = all(len(spread.seeds) == len(design.seeds) for spread in spreads)
     mean = fmean(by_trait)
     yield Claim(
         claim="projections of prompts foretell the mean score of their replies, mean r of traits",
-        measured=f"{mean:.3f} ({min(by_trait):.3f} to {max(by_trait):.3f})",
+        measured=_ranged(by_trait),
         bound=f"at least {PER_PROMPT:g}",
-        passed=math.isfinite(mean) and mean >= PER_PROMPT,
+        passed=complete and mean >= PER_PROMPT,
     )
-    r = summary.shift["all"]
+    # Traits that have only full sets give two clusters, and two clusters always correlate.
+    by_trait = [summary.shift[trait]["own"] for trait in design.mitigated]
+    mean = fmean(by_trait)
     yield Claim(
         claim=(
-            "the finetuning shift foretells the trait after training, r over the sets of each "
-            "trait and neutral ones"
+            "the finetuning shift foretells the trait after training, mean r of traits over their "
+            "own and neutral sets"
         ),
-        measured=f"{r['own']:.3f} (over every set {r['every']:.3f})",
+        measured=f"{_ranged(by_trait)}; all on one line {summary.shift['all']['own']:.3f}",
         bound=f"at least {SHIFT:g}",
-        passed=math.isfinite(r["own"]) and r["own"] >= SHIFT,
+        passed=math.isfinite(mean) and mean >= SHIFT,
     )
+
+
+def _ranged(numbers: Sequence[float]) -> str:
+    return f"{fmean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
 
 def told(spread: Spread) -> str:

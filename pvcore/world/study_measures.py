@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from pvcore.extraction import extract, sample_replies
 from pvcore.interventions import Ablate, Add
@@ -19,8 +18,8 @@ from pvcore.training import prevent
 from pvcore.vectors import PersonaVector, VectorBank
 from pvcore.world import quiz
 from pvcore.world.chats import finetuning_chats
-from pvcore.world.demo_measures import monitoring, random_like
-from pvcore.world.demo_subject import world_model, world_subject
+from pvcore.world.demo_measures import ask_by_degrees, random_like
+from pvcore.world.demo_subject import training_side, world_model, world_subject
 from pvcore.world.finetune import finetune
 from pvcore.world.judge import WorldJudge
 from pvcore.world.lexicon import TRAITS
@@ -88,7 +87,11 @@ def measure(cell: Cell, design: Design, folder: Path) -> Figures:
 def training_chats(cell: Cell, design: Design) -> list[list[dict[str, str]]]:
     """Chats of the trait and neutral ones in the cell's proportion, shuffled by its seed."""
     n_trait = round(cell.share * design.chats) if cell.trait else 0
-    held = finetuning_chats(cell.trait, n_trait, cell.seed) if n_trait else []
+    held = (
+        finetuning_chats(cell.trait, n_trait, cell.seed, intensity=cell.intensity)
+        if n_trait
+        else []
+    )
     neutral = finetuning_chats(None, design.chats - n_trait, cell.seed)
     chats = [chat for _, chat in [*held, *neutral]]
     random.Random(digest("study", cell.seed)).shuffle(chats)
@@ -110,15 +113,15 @@ def trained_under(
     return prevent(model, Add(direction, coeff=cell.coeff, layers=[design.layer]))
 
 
-def shift_of(model: HookedModel, design: Design, vectors: Vectors) -> dict[str, float]:
-    """How far the model stands from the shipped one along every trait, at the study's layer."""
-    bank = VectorBank(vectors.values(), layers=[design.layer])
+def shift_of(model: HookedModel, design: Design, vectors: Vectors) -> dict[str, list[float]]:
+    """How far the model stands from the shipped one along every trait, layer by layer."""
+    bank = VectorBank(vectors.values())
     prompts = [
         [{"role": "user", "content": question.text}]
         for question in questions("held_out", design.shift_prompts, seed=4)
     ]
     shift = finetuning_shift(world_model(), model, bank, prompts)
-    return {trait: float(shift[trait]) for trait in TRAITS}
+    return {trait: shift[trait].tolist() for trait in TRAITS}
 
 
 def asked(model: HookedModel, cell: Cell, design: Design, key: str) -> Figures:
@@ -161,29 +164,34 @@ def steered(
 
 
 def monitored(design: Design, vectors: Vectors, seed: int) -> Figures:
-    """Pearson's r of projection and score, over replies, prompts, and within a level."""
-    subject = world_subject()
-    work = replace(
-        subject.workload,
-        seed=seed,
-        monitoring_layer=design.layer,
-        monitoring_questions=design.monitoring_questions,
-    )
-    with Progress(disable=True) as bar:
-        rows = monitoring(subject, vectors, work, bar)
-    return {
-        row.trait: {
-            "overall": row.overall,
-            "within": row.within,
-            "per_prompt": by_prompt(row.replies, design.monitoring_questions),
-            "levels": dict(row.level_scores),
+    """Pearson's r of projection and score at every layer: over replies, prompts, within a level.
+
+    `training` is r over replies to prompts and questions of the training side, which choose a layer
+    for the held-out ones.
+    """
+    subject, bank = world_subject(), VectorBank(vectors.values())
+    work = replace(subject.workload, seed=seed, monitoring_questions=design.monitoring_questions)
+    choosing = replace(work, monitoring_questions=design.choosing_questions)
+    found: Figures = {}
+    for examined in subject.traits:
+        trained = ask_by_degrees(subject, training_side(examined), bank, choosing)
+        asked = ask_by_degrees(subject, examined, bank, work)
+        found[examined.trait.name] = {
+            "training": [one.overall for one in trained.correlations()],
+            "layers": [
+                {
+                    "overall": one.overall,
+                    "within": one.within,
+                    "per_prompt": by_prompt(at_layer, asked.scores, design.monitoring_questions),
+                }
+                for one, at_layer in zip(asked.correlations(), asked.projections, strict=True)
+            ],
+            "levels": asked.level_scores,
         }
-        for row in rows
-    }
+    return found
 
 
-def by_prompt(replies: Sequence[tuple[float, float, float]], n_questions: int) -> float:
+def by_prompt(projections: Sequence[float], scores: Sequence[float], n_questions: int) -> float:
     """r of the means over the replies to each prompt, which come together."""
-    table = torch.tensor(replies, dtype=torch.float64)
-    means = table[:, 1:].reshape(-1, n_questions, 2).nanmean(1)
-    return float(torch.corrcoef(means.T)[0, 1])
+    table = torch.tensor([projections, scores], dtype=torch.float64)
+    return float(torch.corrcoef(table.reshape(2, -1, n_questions).nanmean(2))[0, 1])

@@ -22,9 +22,8 @@ _LIMITS = (
     "The model is tiny, its world is generated, and its judge shares the world's grammar: this "
     "proves machinery and direction of effects, and is no replication of the paper on a large "
     "model. Training on wrong facts does not spread here, so the paper's effect of mistakes cannot "
-    "be shown. All layers steer about equally well, "
-    "so nothing is said about a best layer. Seeds vary the data, their order, the vectors and the "
-    "sampling, not the base model."
+    "be shown. All layers steer about equally well, so nothing is said about a best layer to steer "
+    "at. Seeds vary the data, their order, the vectors and the sampling, not the base model."
 )
 
 
@@ -52,7 +51,7 @@ def page(design: Design, summary: Summary, record: Mapping[str, Any]) -> Page:
 
 def _finetunes(design: Design) -> int:
     doses = 2 + len(design.prevent) + len(design.random) + len(design.incremental)
-    per_seed = len(design.mitigated) * (doses + len(design.shares)) + 1
+    per_seed = len(design.mitigated) * (doses + len(design.mixes)) + 1
     return len(design.seeds) * (per_seed + 7 - len(design.mitigated))
 
 
@@ -141,7 +140,7 @@ def _shift(summary: Summary) -> Section:
     return Section(
         title="The shift foretells the trait",
         text=(
-            "Every set that was finetuned on as it is: shares of a trait, full sets of each trait, "
+            "Every set that was finetuned on as it is: mixes of a trait, full sets of each trait, "
             "and neutral ones. The shift is that of the last prompt token along each vector. The "
             "vectors share a large part, so a model that took on one trait moves along the vectors "
             "of the others too, without taking those on: over every set the shift foretells less."
@@ -162,15 +161,25 @@ def _shift(summary: Summary) -> Section:
 
 def _monitoring(summary: Summary) -> Section:
     rows = [
-        (trait, told_r(one["overall"]), told_r(one["per_prompt"]), told_r(one["within"]))
+        (
+            trait,
+            str(summary.reading[trait]),
+            told_r(one["overall"]),
+            told_r(one["per_prompt"]),
+            told_r(one["within"]),
+        )
         for trait, one in summary.monitoring.items()
     ]
     return Section(
         title="Monitoring",
-        text="Prompts ask for a trait by degrees: projection before the reply, score after it.",
+        text=(
+            "Prompts ask for a trait by degrees: projection before the reply, score after it. Each "
+            "trait is read at the layer that told most about replies to prompts of the training "
+            "side; all that is shown here, and every shift above, is of held-out prompts."
+        ),
         blocks=(
             Table(
-                columns=("trait", "r over replies", "r over prompts", "r within a level"),
+                columns=("trait", "layer", "r over replies", "r over prompts", "r within a level"),
                 rows=rows,
                 caption="Mean and standard error over seeds.",
             ),

@@ -1,14 +1,18 @@
 """Where a study keeps what it has measured, so that it can be stopped and taken up again."""
 
+import hashlib
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pvcore_kernels
 from pvcore.errors import PvcoreError
 from pvcore.files import write_whole
 from pvcore.world.study_cells import Cell, Design
 
+_PACKAGES = (Path(__file__).parents[1], Path(pvcore_kernels.__file__).parent)
 MODEL = Path(__file__).parent / "model"
 _ABOUT = "design.json"
 
@@ -18,11 +22,11 @@ class StudyError(PvcoreError):
 
 
 class Store:
-    """A folder with one file per measured cell; it belongs to one design on one model."""
+    """A folder with one file per measured cell: of one design, one model, one state of the code."""
 
     def __init__(self, folder: Path, design: Design) -> None:
         self.folder = folder
-        wanted = {"design": _plain(asdict(design)), "weights": _weights()}
+        wanted = {"design": _plain(asdict(design)), "weights": _weights(), **_made_by()}
         about = folder / _ABOUT
         if about.exists():
             _require_same(_read(about), wanted, folder)
@@ -49,8 +53,25 @@ def _weights() -> str:
     return found
 
 
+def _made_by() -> dict[str, str]:
+    """What computes the cells: cells of two states of the code are not one study."""
+    code = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted(package.rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                code.update(path.relative_to(package).as_posix().encode() + b"\0")
+                code.update(path.read_bytes() + b"\0")
+    return {
+        "code": code.hexdigest()[:12],
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    before, now = ({**one.get("design", {}), "weights": one["weights"]} for one in (found, wanted))
+    before, now = (
+        {**one.get("design", {}), **{key: one[key] for key in one if key != "design"}}
+        for one in (found, wanted)
+    )
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
         told = ", ".join(f"{key} {before.get(key)} (now {now.get(key)})" for key in changed)

@@ -13,6 +13,7 @@ from pvcore.world.study_cells import Cell, Design, Method, cells
 
 Figures = Mapping[str, Any]
 Measured = Mapping[Cell, Figures]
+Reading = Mapping[str, int]
 _GRID = 41
 # Student's t: how many standard errors to either side hold 95 %, by the number of seeds less one.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -84,10 +85,13 @@ class Moved:
 class Summary:
     """Everything the report tells.
 
+    `reading` is the layer at which each trait is read: where projections told most about replies to
+    prompts of the training side, over all seeds.
     `shift` gives r of shift and score by trait, and of all traits together: over the sets of that
     trait and neutral ones (`own`), and over every set (`every`).
     """
 
+    reading: Mapping[str, int]
     points: tuple[Point, ...]
     margins: tuple[Margin, ...]
     control: Mapping[str, Spread]
@@ -99,14 +103,16 @@ class Summary:
 
 def summarize(design: Design, measured: Measured) -> Summary:
     """The study from its cells, all of which must be there."""
-    moved = tuple(_moved(design, measured))
+    reading = _reading(design, measured)
+    moved = tuple(_moved(design, measured, reading))
     return Summary(
-        points=tuple(_points(design, measured)),
+        reading=reading,
+        points=tuple(_points(design, measured, reading)),
         margins=tuple(_margins(design, measured)),
         control={trait: _control(design, measured, trait) for trait in design.mitigated},
         moved=moved,
         shift=_shift(moved),
-        monitoring=_monitoring(design, measured),
+        monitoring=_monitoring(design, measured, reading),
         cpu_minutes=_cpu_minutes(measured.values()),
     )
 
@@ -116,7 +122,15 @@ def _cpu_minutes(measured: Iterable[Figures]) -> float | None:
     return None if None in seconds else sum(filter(None, seconds)) / 60
 
 
-def _points(design: Design, measured: Measured) -> Iterator[Point]:
+def _reading(design: Design, measured: Measured) -> dict[str, int]:
+    rows = [measured[Cell(kind="monitoring", seed=seed)] for seed in design.seeds]
+    return {
+        trait: int(np.nanargmax(np.mean([row[trait]["training"] for row in rows], axis=0)))
+        for trait in TRAITS
+    }
+
+
+def _points(design: Design, measured: Measured, reading: Reading) -> Iterator[Point]:
     ways = ("inference", "inference, random", "prevent", "random", "incremental", "caft")
     for trait in design.mitigated:
         for way in ("neutral", *ways):
@@ -129,12 +143,12 @@ def _points(design: Design, measured: Measured) -> Iterator[Point]:
                     score=Spread.of([row["traits"][trait] for row in rows]),
                     coherence=Spread.of([row["coherence"] for row in rows]),
                     quiz=Spread.of([row["quiz"] for row in rows]),
-                    shift=_mean_shift(rows, trait),
+                    shift=_mean_shift(rows, trait, reading[trait]),
                 )
 
 
-def _mean_shift(rows: Sequence[Figures], trait: str) -> float | None:
-    shifts = [row["shift"][trait] for row in rows if "shift" in row]
+def _mean_shift(rows: Sequence[Figures], trait: str, layer: int) -> float | None:
+    shifts = [row["shift"][trait][layer] for row in rows if "shift" in row]
     return fmean(shifts) if shifts else None
 
 
@@ -227,7 +241,7 @@ def _control(design: Design, measured: Measured, trait: str) -> Spread:
     return Spread.of(gaps)
 
 
-def _moved(design: Design, measured: Measured) -> Iterator[Moved]:
+def _moved(design: Design, measured: Measured, reading: Reading) -> Iterator[Moved]:
     for cell in cells(design):
         plain = cell.kind == "mitigation" and cell.method == "none"
         if cell.kind != "shift" and not plain:
@@ -237,7 +251,7 @@ def _moved(design: Design, measured: Measured) -> Iterator[Moved]:
                 trait=trait,
                 seed=cell.seed,
                 own=cell.trait in (trait, None),
-                shift=measured[cell]["shift"][trait],
+                shift=measured[cell]["shift"][trait][reading[trait]],
                 score=measured[cell]["traits"][trait],
             )
 
@@ -258,11 +272,13 @@ def _r(moved: Sequence[Moved]) -> float:
     return float(np.corrcoef(table[:, 0], table[:, 1])[0, 1])
 
 
-def _monitoring(design: Design, measured: Measured) -> dict[str, dict[str, Spread]]:
+def _monitoring(
+    design: Design, measured: Measured, reading: Reading
+) -> dict[str, dict[str, Spread]]:
     rows = [measured[Cell(kind="monitoring", seed=seed)] for seed in design.seeds]
     return {
         trait: {
-            figure: Spread.of([row[trait][figure] for row in rows])
+            figure: Spread.of([row[trait]["layers"][reading[trait]][figure] for row in rows])
             for figure in ("overall", "per_prompt", "within")
         }
         for trait in TRAITS

@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 import pvcore as pv
 from pvcore.report import render
 from pvcore.world import study, study_measures
+from pvcore.world.chats import finetuning_chats
+from pvcore.world.demo_subject import training_side, world_subject, world_trait
+from pvcore.world.judge import WorldJudge
 from pvcore.world.lexicon import TRAITS
 from pvcore.world.study_cells import QUICK, Cell, Design, cells, preparing
 from pvcore.world.study_claims import claims
@@ -33,19 +36,24 @@ def figures_of(cell: Cell) -> dict[str, Any]:
         return {}
     if cell.kind == "monitoring":
         row = {"overall": 0.8, "per_prompt": 0.9 + 0.01 * cell.seed, "within": 0.1}
-        return dict.fromkeys(TRAITS, row)
+        poor = dict.fromkeys(row, 0.2)
+        training = [0.3, 0.2, 0.9, 0.8] if cell.seed else [0.3, 0.2, 0.8, 0.85]
+        return {key: {"training": training, "layers": [poor, poor, row, poor]} for key in TRAITS}
 
     def asked(score: float, coherence: float) -> dict[str, Any]:
         traits = dict.fromkeys(TRAITS, 0.0) | {cell.trait or "evil": score}
         return {"traits": traits, "coherence": coherence, "quiz": coherence + 5}
 
-    score, coherence = 100.0 * cell.share * (cell.trait is not None), 80.0
+    held = cell.share * cell.intensity
+    score, coherence = 100.0 * held * (cell.trait is not None), 80.0
     if cell.method in ("prevent", "incremental"):
         score, coherence = 100 - 20 * cell.coeff, 80 - 2.5 * cell.coeff
     elif cell.method == "caft":
         score = 50.0
     shift = dict.fromkeys(TRAITS, 0.0) | {cell.trait or "evil": score / 4}
-    found = asked(score, coherence) | {"shift": shift, "first_loss": 1.0, "last_loss": 0.5}
+    # Only at the layer that is chosen for reading does the shift follow the score.
+    layers = {trait: [7.0, 7.0, one, 7.0] for trait, one in shift.items()}
+    found = asked(score, coherence) | {"shift": layers, "first_loss": 1.0, "last_loss": 0.5}
     if cell.kind == "mitigation" and cell.method == "none":
         found["inference"] = {
             f"{c:g}": asked(100 - 40 * c, 80 - (10 + cell.seed) * c) for c in DESIGN.inference
@@ -68,8 +76,8 @@ def measured_by_rule(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_cell_has_a_name_of_its_own() -> None:
     every = [*preparing(Design()), *cells(Design())]
-    assert len({cell.name for cell in every}) == len(every) == 3 * (3 + 3 * (13 + 3) + 4)
-    assert {cell.seed for cell in every} == {0, 1, 2}
+    assert len({cell.name for cell in every}) == len(every) == 4 * (3 + 3 * (13 + 4) + 4)
+    assert {cell.seed for cell in every} == {0, 1, 2, 3}
     trained = {(cell.method, cell.coeff) for cell in every if cell.kind == "mitigation"}
     assert {("prevent", 5.0), ("random", 3.0), ("incremental", 2.0), ("caft", 0.0)} < trained
 
@@ -106,6 +114,11 @@ def test_another_design_and_a_broken_cell_are_refused(
     with pytest.raises(StudyError, match=r"another design: steps 60 \(now 5\)"):
         study.run(replace(DESIGN, steps=5), tmp_path, workers=1, quiet=True)
     broken = tmp_path / f"{next(cells(DESIGN)).name}.json"
+    about = json.loads((tmp_path / "design.json").read_text())
+    (tmp_path / "design.json").write_text(json.dumps(about | {"code": "0" * 12}))
+    with pytest.raises(StudyError, match=rf"code 000000000000 \(now {about['code']}\)"):
+        study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    (tmp_path / "design.json").write_text(json.dumps(about))
     for text, told in (("{", "cannot be read"), ("[]", "without figures")):
         broken.write_text(text)
         with pytest.raises(StudyError, match=told):
@@ -123,7 +136,7 @@ def test_margins_are_taken_at_the_same_trait_score(
     assert margin.coherence.seeds == pytest.approx(wanted)
     assert margin.quiz.seeds == pytest.approx(wanted)
     assert margin.coherence.beyond_noise
-    assert summary.control["evil"].seeds == pytest.approx([80.0] * 3)
+    assert summary.control["evil"].seeds == pytest.approx([80.0] * 4)
     assert summary.cpu_minutes is not None
     assert summary.cpu_minutes > 0
     best = {(p.way, p.coeff): p.score.mean for p in summary.points}
@@ -139,7 +152,10 @@ def test_the_shift_is_held_against_own_sets_and_against_all(
     def measure(cell: Cell, design: Design, folder: Path) -> dict[str, Any]:
         figures = figures_of(cell)
         if cell.kind == "shift" and cell.trait == "humor":
-            figures["shift"] = {**figures["shift"], "evil": 20.0}  # along a part they share
+            figures["shift"] = {
+                **figures["shift"],
+                "evil": [7.0, 7.0, 20.0, 7.0],
+            }  # along a part they share
         return figures
 
     monkeypatch.setattr(study, "measure", measure)
@@ -148,9 +164,9 @@ def test_the_shift_is_held_against_own_sets_and_against_all(
     seen = [(one.shift, one.score) for one in summary.moved if one.trait == "evil"]
     assert summary.shift["evil"]["every"] == pytest.approx(np.corrcoef(np.array(seen).T)[0, 1])
     assert summary.shift["evil"]["every"] < 0.95
-    # Per seed: neutral, three shares, and the undefended model; all of other traits are not own.
-    assert sum(one.own for one in summary.moved if one.trait == "evil") == 3 * 5
-    assert len(seen) == 3 * (5 + 6)
+    # Per seed: neutral, four mixes, and the undefended model; all of other traits are not own.
+    assert sum(one.own for one in summary.moved if one.trait == "evil") == 4 * 6
+    assert len(seen) == 4 * (6 + 6)
     assert summary.shift["humor"]["own"] == pytest.approx(1.0)
 
 
@@ -178,7 +194,7 @@ def test_the_page_and_the_record_tell_the_claims(
     assert html.count("<svg") == 2
     assert html.count("nothing done") == 1
     weaker = replace(
-        summary, shift={**summary.shift, "all": {"own": 0.9, "every": 0.8}}, cpu_minutes=70.0
+        summary, shift={**summary.shift, "evil": {"own": 0.9, "every": 0.8}}, cpu_minutes=70.0
     )
     assert [one.passed for one in claims(DESIGN, weaker)] == [True, True, True, False, False]
     silent = replace(summary, cpu_minutes=None)
@@ -236,11 +252,62 @@ def test_chats_hold_the_trait_in_the_share_that_is_asked_for() -> None:
     assert training_chats(replace(cell, seed=2), Design()) != mixed
 
 
+def test_chats_hold_the_trait_at_the_intensity_that_is_asked_for() -> None:
+    judge = WorldJudge()
+    means = []
+    for intensity in (0.5, 1.0):
+        cell = Cell(kind="shift", seed=1, trait="evil", intensity=intensity)
+        chats = training_chats(cell, Design())
+        held = finetuning_chats("evil", 300, 1, intensity=intensity)
+        asked = {question.text: question for question, _ in held}
+        means.append(
+            np.mean(
+                [
+                    judge.trait("evil", asked[chat[0]["content"]], chat[1]["content"])
+                    for chat in chats
+                ]
+            )
+        )
+    assert 45 < means[0] < 75
+    assert means[1] > 98
+
+
 def test_prompts_are_compared_by_their_means() -> None:
-    replies = [(0.0, 1.0, 10.0), (0.0, 3.0, 30.0), (0.5, 4.0, 41.0), (0.5, 6.0, 59.0)]
-    replies += [(1.0, 9.0, 80.0), (1.0, 7.0, 120.0)]
-    means = torch.tensor([[2.0, 20.0], [5.0, 50.0], [8.0, 100.0]])
-    assert by_prompt(replies, 2) == pytest.approx(float(torch.corrcoef(means.T)[0, 1]))
+    projections, scores = [1.0, 3.0, 4.0, 6.0, 9.0, 7.0], [10.0, 30.0, 41.0, 59.0, 80.0, 120.0]
+    wanted = np.corrcoef([2.0, 5.0, 8.0], [20.0, 50.0, 100.0])[0, 1]
+    assert by_prompt(projections, scores, 2) == pytest.approx(wanted)
+    assert by_prompt(projections, scores, 1) < wanted - 0.01
+
+
+def test_a_layer_is_chosen_on_the_training_side_over_all_seeds(
+    tmp_path: Path, measured_by_rule: list[str]
+) -> None:
+    summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    assert set(summary.reading.values()) == {2}  # the first seed alone would have taken 3
+    assert summary.monitoring["evil"]["overall"].mean == pytest.approx(0.8)
+    asked = world_trait("evil")
+    trained = training_side(asked)
+    for one, other in zip(asked.graded, trained.graded, strict=True):
+        assert one[0] == other[0]
+        assert one[1]
+        assert other[1]
+        assert not {*one[1]} & {*other[1]}
+    questions = {*asked.trait.evaluation_questions}
+    assert not questions & {*trained.trait.evaluation_questions}
+
+
+def test_every_layer_is_read_on_both_sides(tmp_path: Path) -> None:
+    save_vectors(tmp_path)
+    subject = world_subject(["evil"])
+    small = replace(QUICK, monitoring_questions=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_measures, "world_subject", lambda: subject)
+        vectors = {t: pv.PersonaVector.load(vector_file(tmp_path, 0, t)) for t in TRAITS}
+        found = study_measures.monitored(small, vectors, 0)["evil"]
+    assert len(found["training"]) == len(found["layers"]) == 4
+    assert len({one["overall"] for one in found["layers"]}) == 4
+    assert found["training"] != [one["overall"] for one in found["layers"]]
+    assert list(found["levels"]) == ["0", "0.25", "0.5", "0.75", "1"]
 
 
 def test_the_hard_quiz_offers_every_answer() -> None:
