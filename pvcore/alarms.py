@@ -18,7 +18,7 @@ class Alarm:
     """A projection that rose above its threshold at this step.
 
     `chat` counts the returned sequences, `step` the tokens of the reply: the position that
-    produced token `step` crossed.
+    produced token `step` crossed. In a transcript `message` is the reply; None while it is made.
     """
 
     trait: str
@@ -27,6 +27,7 @@ class Alarm:
     step: int
     value: float
     threshold: float
+    message: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,21 @@ class AlarmBell:
                         threshold=float(threshold.high),
                     )
                 )
+        return tuple(alarms)
+
+    def replay(self, course: Mapping[str, Float[Tensor, "layer step"]]) -> tuple[Alarm, ...]:
+        """The alarms of one whole reply, begun anew, as if it had just been made."""
+        self._rung = {}
+        crossed = [
+            (course[trait].double() > high).any(0).nonzero() for trait, high in self._high.items()
+        ]
+        steps = next(iter(course.values())).shape[-1]
+        # Before the first crossing a bell is silent, and most replies have none.
+        first = min((int(one[0]) for one in crossed if len(one)), default=steps)
+        alarms: list[Alarm] = []
+        for step in range(first, steps):
+            now = {trait: scores[:, step, None] for trait, scores in course.items()}
+            alarms += self.ring(step, now)
         return tuple(alarms)
 
 

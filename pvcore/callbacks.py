@@ -18,7 +18,7 @@ from pvcore.plan import Plan
 from pvcore.shift import FinetuningShift, Standing, prompt_ids, standing
 from pvcore.training import Prevention, Schedule
 from pvcore.vectors import VectorBank
-from pvcore.wrappers import as_hooked, refuse_replicas, refuse_virtual_tokens
+from pvcore.wrappers import as_hooked, refuse_partitions, refuse_replicas, refuse_virtual_tokens
 
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -36,8 +36,8 @@ class PreventionCallback(Callback):
     """Preventative steering (paper, section 5.2): `prevent` from when training begins to its end.
 
     Nothing is armed after that, also if training ends by an exception. `model` is by default the
-    trainer's. Raises what `prevent` raises before the first step, and `HookError` after a step in
-    which nothing was steered.
+    trainer's. Raises what `prevent` raises before the first step, `HookError` after a step in
+    which nothing was steered, and before one whose trainer tells no `max_steps` to a schedule.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class PreventionCallback(Callback):
             self._steered = self._prevention.steered
             if state.max_steps > 0:
                 self._prevention.advance(min(state.global_step / state.max_steps, 1.0))
+            elif self._prevention.stands_still:
+                raise HookError(
+                    f"got a schedule and a trainer of max_steps={state.max_steps}, which does not "
+                    "say how far the training is; set max_steps, or leave the schedule out"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if self._prevention is not None and self._prevention.steered == self._steered:
@@ -95,6 +100,7 @@ class ShiftCallback(Callback):
     The model is read in evaluation mode, by the first process only (by all where they share its
     weights), and trains on as if it had not been. The beginning is kept in the trainer's output
     folder, so that a resumed training goes on measuring from it; `HookError` where it is not there.
+    The end is the last step: a best model that is loaded after it is not measured.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class ShiftCallback(Callback):
         model = given["model"] if self._model is None else self._model
         bare = model.hf if isinstance(model, HookedModel) else model
         refuse_virtual_tokens(bare)
+        refuse_partitions(bare)
         if not (state.is_world_process_zero or is_sharded(bare)):
             return
         self._hooked = as_hooked(model, given.get("processing_class"))
@@ -132,11 +139,23 @@ class ShiftCallback(Callback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step % self._every == 0:
             self._measure(args, state, control)
+        self._measure_end(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if state.global_step not in self.history:
+        best = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint
+        if not best and state.global_step not in self.history:
             self._measure(args, state, control)
         self._hooked = None
+
+    def _measure_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure the last step once it is known to be that: a best model may replace it."""
+        over = getattr(control, "should_training_stop", False)
+        over = over or 0 < state.max_steps <= state.global_step
+        if over and state.global_step not in self.history:
+            self._measure(args, state, control)
+
+    # What makes a training stop early may do so in any of these.
+    on_epoch_end = on_evaluate = on_save = _measure_end
 
     def _beginning(self, model: HookedModel, args: Any, state: Any) -> Standing:
         """Where the training begins, or began before it was stopped and resumed."""

@@ -81,10 +81,9 @@ class ConversationView:
         return "".join(parts)
 
     def _reply(self, trait: str, reply: Reply, values: Sequence[float]) -> str:
-        last = reply is self.transcript.replies[-1]
         rung = {
             alarm.step: alarm
-            for alarm in (self.transcript.alarms if last else ())
+            for alarm in self.transcript.alarms_of(reply)
             if (alarm.trait, alarm.site) == (trait, self.site)
         }
         scale = self._scale(trait)
@@ -150,21 +149,28 @@ def _section(
 ) -> Section:
     view = ConversationView(transcript=one, site=site, scales=scales)
     blocks: list[object] = [view]
-    drawn = {trait: view.values(trait) for trait in one.traits}
-    if one.replies and all(all(rows) for rows in drawn.values()):
+    # An empty reply has no token to draw.
+    drawn = {trait: [row for row in view.values(trait) if row] for trait in one.traits}
+    if all(drawn.values()):
         shown = {trait: level for trait, level in levels.items() if trait in one.traits}
         svg = conversation_drift(drawn, site=str(site), levels=shown)
         caption = "Thin: each token. Heavy: the mean of each reply."
         blocks.append(Figure(svg=svg, caption=caption))
     rows = [
-        [s.trait, s.before, s.mean, s.max, s.last, s.first_alarm]
+        [s.trait, s.before, s.mean, s.max, s.last, _turn(one, s.alarm_message), s.first_alarm]
         for s in one.summaries()
         if s.site == site
     ]
-    columns = ["trait", "before the reply", "mean", "highest", "last", "first alarm at step"]
+    figures = ["trait", "before the reply", "mean", "highest", "last"]
+    columns = [*figures, "first alarm in reply", "at step"]
     if rows:
         blocks.append(Table(columns=columns, rows=rows))
     return Section(title=f"Conversation {count}", blocks=blocks)  # type: ignore[arg-type]
+
+
+def _turn(one: Transcript, message: int | None) -> int | None:
+    """Which reply of the conversation a message is, counted from 1."""
+    return None if message is None else [r.message for r in one.replies].index(message) + 1
 
 
 def _scale_of(rows: Sequence[Sequence[float]]) -> Scale:

@@ -74,7 +74,7 @@ def as_chats(chats: object) -> list[Chat]:
         raise ChatError("got no chats; wanted at least one. Pass a chat or a list of chats")
     checked: list[Chat] = []
     for index, chat in enumerate([chats] if isinstance(chats[0], Mapping) else chats):
-        with _named(index):
+        with naming_chat(index):
             checked.append(_checked(chat))
     return checked
 
@@ -89,7 +89,7 @@ def encode_all(
     """`encode` each of the chats; the text of an error begins with the index of its chat."""
     encoded = []
     for index, chat in enumerate(as_chats(chats)):
-        with _named(index):
+        with naming_chat(index):
             encoded.append(
                 encode(tokenizer, chat, max_length=max_length, for_generation=for_generation)
             )
@@ -194,7 +194,7 @@ def _encode_messages(
             "chat_template. Pass plain strings, or set tokenizer.chat_template"
         )
     if messages[-1]["role"] != "assistant":
-        _, ids = _render(tokenizer, messages, for_reply=True)
+        _, ids = render(tokenizer, messages, for_reply=True)
         return Encoded(ids=ids, prompt_length=len(ids), reply=None, source="messages")
     if for_generation:
         raise ChatError(
@@ -207,8 +207,8 @@ def _encode_messages(
 
 
 def _encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-    prompt, prompt_ids = _render(tokenizer, messages[:-1], for_reply=True)
-    text, ids = _render(tokenizer, messages, for_reply=False)
+    prompt, prompt_ids = render(tokenizer, messages[:-1], for_reply=True)
+    text, ids = render(tokenizer, messages, for_reply=False)
     if not text.startswith(prompt):
         kept = _shared_length(prompt, text)
         if prompt.rfind("<", 0, kept) > prompt.rfind(">", 0, kept):
@@ -219,8 +219,8 @@ def _encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> E
     first, last = _reply_characters(tokenizer, messages, prompt, text)
     start = len(prompt_ids)
     if first > len(prompt):
-        start = max(start, _reply_start(tokenizer, text, ids, first))
-    end = _reply_end(tokenizer, text, ids, last)
+        start = max(start, reply_start(tokenizer, text, ids, first))
+    end = reply_end(tokenizer, text, ids, last)
     return Encoded(ids=ids, prompt_length=len(prompt_ids), reply=(start, end), source="messages")
 
 
@@ -241,7 +241,7 @@ def _reply_characters(
     raise SpanError(_rewritten("reply", reply, text[len(prompt) :]))
 
 
-def _reply_start(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], first: int) -> int:
+def reply_start(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], first: int) -> int:
     """The first token of a reply that begins after a head, such as an empty thought."""
     # A space before the reply may be part of its first token, as in "[/INST] yes".
     for opening in (text[:first], text[:first].rstrip()):
@@ -251,7 +251,8 @@ def _reply_start(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], first: i
     raise SpanError(_shared_token("text the template puts before it", text[:first], text[first:]))
 
 
-def _reply_end(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], last: int) -> int:
+def reply_end(tokenizer: Tokenizer, text: str, ids: tuple[int, ...], last: int) -> int:
+    """One past the last token of a reply that ends at a character of the text."""
     alone = _tokenize(tokenizer, text[:last], add_special_tokens=False)
     if ids[: len(alone)] != alone:
         raise SpanError(_shared_token("text the template puts after it", text[:last], text[last:]))
@@ -281,7 +282,7 @@ def _rewritten(what: str, wanted: str, got: str) -> str:
     )
 
 
-def _render(
+def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, for_reply: bool
 ) -> tuple[str, tuple[int, ...]]:
     """The messages as the template writes them, and as its token ids."""
@@ -389,7 +390,8 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 @contextmanager
-def _named(index: int) -> Iterator[None]:
+def naming_chat(index: int) -> Iterator[None]:
+    """Put the index of a chat before the text of its errors."""
     try:
         yield
     except PvcoreError as error:

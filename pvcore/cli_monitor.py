@@ -1,6 +1,7 @@
 """`pvcore monitor`: chats answered or read, with projections, alarms, and files of both."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from pvcore.cli_options import (
 )
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError, ExportError, PlanError
+from pvcore.files import text_lines
 
 if TYPE_CHECKING:
     from pvcore.alarms import Threshold
@@ -133,7 +135,7 @@ def _asked(prompts: Sequence[str], system: str | None) -> list[Chat]:
 def _chats_in(path: Path) -> list[Chat]:
     """The chats of a file, one a line; `ChatError` with the line that holds none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(
             f"got chats {path}, which cannot be read ({error}); wanted JSONL with a chat a line"
@@ -217,11 +219,17 @@ def _row(one: "Transcript") -> dict[str, Any]:
             for s in one.summaries()
         },
         "alarms": [
-            {"trait": a.trait, "site": str(a.site), "step": a.step, "value": a.value}
+            {
+                "message": a.message,
+                "trait": a.trait,
+                "site": str(a.site),
+                "step": a.step,
+                "value": _number(a.value),
+            }
             for a in one.alarms
         ],
     }
 
 
 def _number(value: float) -> float | None:
-    return value if value == value else None
+    return value if math.isfinite(value) else None

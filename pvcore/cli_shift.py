@@ -9,6 +9,7 @@ from typer import Argument, Option
 from pvcore.cli_options import AsJson, Batch, Device, Dtype, Layers, System, VectorFiles
 from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import ChatError
+from pvcore.files import text_lines
 
 if TYPE_CHECKING:
     from pvcore.report import Page
@@ -48,7 +49,7 @@ def shift(
     first = [] if system is None else [{"role": "system", "content": system}]
     chats = [[*first, {"role": "user", "content": text}] for text in asked]
     found = _shifts(base, tuned, chats, vector, layers, batch_size, dtype, device)
-    rows = [{"checkpoint": name, **one.named()} for name, one in found.items()]
+    rows = [{"checkpoint": _name(key), **one.named()} for key, one in found.items()]
     document: dict[str, Any] = {"base": base, "prompts": len(chats), "shifts": rows}
     if out is not None:
         from pvcore import report
@@ -60,7 +61,7 @@ def shift(
 
 def _prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(
             f"got prompts {path}, which cannot be read ({error}); wanted a text file with one "
@@ -81,8 +82,8 @@ def _shifts(
     batch_size: int,
     dtype: str,
     device: str | None,
-) -> "dict[str, FinetuningShift]":
-    """By checkpoint, or by the tuned model's own name where it has none."""
+) -> "dict[int | str, FinetuningShift]":
+    """By the step of each checkpoint, or by the tuned model's own name where it has none."""
     import torch
     from transformers.utils import logging
 
@@ -97,20 +98,23 @@ def _shifts(
     before = world_model() if base == WORLD else base
     if not checkpoints(tuned):
         return {tuned: finetuning_shift(before, tuned, bank, chats, **settings)}
-    course = shift_trajectory(before, tuned, bank, chats, **settings)
-    return {f"checkpoint-{step}": one for step, one in course.items()}
+    return dict(shift_trajectory(before, tuned, bank, chats, **settings).items())
 
 
-def _page(base: str, tuned: str, found: "Mapping[str, FinetuningShift]") -> "Page":
+def _name(key: int | str) -> str:
+    return f"checkpoint-{key}" if isinstance(key, int) else key
+
+
+def _page(base: str, tuned: str, found: "Mapping[int | str, FinetuningShift]") -> "Page":
     from pvcore.report import Figure, Page, Section, Table
     from pvcore.shift_plot import shift_over_steps
 
     shifts = list(found.values())
     names = list(shifts[0].named())
-    rows: list[list[Any]] = [[name, *one.named().values()] for name, one in found.items()]
+    rows: list[list[Any]] = [[_name(key), *one.named().values()] for key, one in found.items()]
     blocks: list[Any] = [Table(columns=["checkpoint", *names], rows=rows)]
-    steps = [int(name.rpartition("-")[2]) for name in found if name.startswith("checkpoint-")]
-    if steps and len(steps) == len(found):
+    steps = [key for key in found if isinstance(key, int)]
+    if steps:
         for place, site in enumerate(shifts[0].sites):
             lines = {t: [float(one[t][place]) for one in shifts] for t in shifts[0].shifts}
             blocks.append(Figure(svg=shift_over_steps(steps, lines, site=str(site))))

@@ -19,20 +19,25 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonitoredReply:
-    """A projection at the last prompt token, the score of the reply, and its prompt's level."""
+    """A projection at the last prompt token, the score of the reply, and its prompt's level.
+
+    `prompt` is anything that tells the prompts of a level apart. Replies without one are taken to
+    share a prompt where their projections are equal, as those to one prompt are but for rounding.
+    """
 
     projection: Number
     score: Number
     level: int | str
+    prompt: Hashable = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlations:
     """Pearson's r over all replies, and with each level's means subtracted, with intervals.
 
-    `by_level` is r inside each level alone and `count` the replies that had both numbers. NaN:
-    undefined, because of fewer than three replies (beyond one for each level, for `within`) or
-    because all projections or all scores are equal.
+    `by_level` is r inside each level alone, `count` the replies that had both numbers and `prompts`
+    the prompts they answered. NaN: undefined, because of fewer than three replies (beyond one for
+    each level, for `within`) or because all projections or all scores are equal.
     """
 
     overall: float
@@ -41,6 +46,7 @@ class Correlations:
     within_interval: Interval = UNKNOWN
     by_level: Mapping[int | str, float] = field(default_factory=dict)
     count: int = 0
+    prompts: int = 0
 
     @property
     def mean_within(self) -> float:
@@ -61,54 +67,74 @@ def correlations(
     """How well projections foretell scores; replies with a NaN are left out.
 
     The difference between levels makes `overall` high even where single replies are not foretold:
-    `within` pools the replies after subtracting the means of their level. Intervals are Fisher's,
-    or percentiles of `resamples` bootstraps that draw each level's replies anew. Levels whose
-    scores have a standard deviation below `least_spread` count as saying nothing, in all figures
-    (the paper, appendix C.2, leaves out those below 1).
+    `within` pools the replies after subtracting the means of their level. Replies to one prompt are
+    not independent, so intervals are about other prompts at these levels: Fisher's counts prompts
+    for replies, which errs towards wide ones, and the bootstrap draws each level's prompts anew,
+    `resamples` times, with all their replies (no interval where a level has one prompt only).
+    Levels whose scores have a standard deviation below `least_spread` count as saying nothing, in
+    all figures (the paper, appendix C.2, leaves out those below 1).
     """
     if interval not in ("fisher", "bootstrap"):
         raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
     levels = _levels(replies, least_spread)
-    parts = list(levels.values())
-    overall, within, count = _overall(parts), _within(parts), sum(len(x) for x, _ in parts)
+    clusters = [_by_prompt(rows) for rows in levels.values()]
+    parts = [_numbers(rows) for rows in levels.values()]
+    overall, within, prompts = _overall(parts), _within(parts), sum(map(len, clusters))
     if interval == "fisher":
-        ends = (
-            fisher(overall, count, confidence),
-            fisher(within, count - len(parts) + 1, confidence),
-        )
+        free = prompts - len(parts) + 1
+        ends = fisher(overall, prompts, confidence), fisher(within, free, confidence)
     else:
-        ends = _bootstrap(parts, confidence, resamples, seed)
+        ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(
         overall=overall,
         within=within,
         overall_interval=ends[0],
         within_interval=ends[1],
-        by_level={level: _pearson(x, y) for level, (x, y) in levels.items()},
-        count=count,
+        by_level={level: _pearson(*part) for level, part in zip(levels, parts, strict=True)},
+        count=sum(map(len, levels.values())),
+        prompts=prompts,
     )
 
 
 def _levels(
     replies: Sequence[MonitoredReply], least_spread: float
-) -> dict[int | str, tuple[Numbers, Numbers]]:
-    """Projections and scores of each level, in order of appearance."""
+) -> dict[int | str, list[MonitoredReply]]:
+    """The replies of each level that have both numbers, in order of appearance."""
     known = [reply for reply in replies if np.isfinite([reply.projection, reply.score]).all()]
     grouped: dict[Hashable, list[MonitoredReply]] = {}
     for reply in known:
         grouped.setdefault(reply.level, []).append(reply)
     found = {}
     for rows in grouped.values():
-        x = np.array([reply.projection for reply in rows], dtype=np.float64)
-        y = np.array([reply.score for reply in rows], dtype=np.float64)
+        _, y = _numbers(rows)
         if not (least_spread > 0 and (len(y) < 2 or y.std(ddof=1) < least_spread)):
-            found[rows[0].level] = (x, y)
+            found[rows[0].level] = rows
     return found
 
 
+def _numbers(rows: Sequence[MonitoredReply]) -> tuple[Numbers, Numbers]:
+    """Projections and scores."""
+    return (
+        np.array([reply.projection for reply in rows], dtype=np.float64),
+        np.array([reply.score for reply in rows], dtype=np.float64),
+    )
+
+
+def _by_prompt(rows: Sequence[MonitoredReply]) -> list[tuple[Numbers, Numbers]]:
+    """Projections and scores of the replies to each prompt of a level."""
+    shared: dict[Hashable, list[MonitoredReply]] = {}
+    for reply in rows:
+        told = reply.prompt is not None
+        shared.setdefault((told, reply.prompt if told else reply.projection), []).append(reply)
+    return [_numbers(replies) for replies in shared.values()]
+
+
 def _overall(parts: Sequence[tuple[Numbers, Numbers]]) -> float:
-    if not parts:
-        return float("nan")
-    return _pearson(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return _pearson(*_joined(parts)) if parts else float("nan")
+
+
+def _joined(parts: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers, Numbers]:
+    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
 
 
 def _within(parts: Sequence[tuple[Numbers, Numbers]]) -> float:
@@ -134,17 +160,25 @@ def _pearson(x: Numbers, y: Numbers) -> float:
 
 
 def _bootstrap(
-    parts: Sequence[tuple[Numbers, Numbers]], confidence: float, resamples: int, seed: int
+    levels: Sequence[Sequence[tuple[Numbers, Numbers]]],
+    confidence: float,
+    resamples: int,
+    seed: int,
 ) -> tuple[Interval, Interval]:
     """Percentiles of both r over resamples; draws in which r is undefined are left out."""
     quantile_of_normal(confidence)
     if resamples < 1:
         raise StatisticsError(f"got {resamples} resamples; wanted at least 1")
+    if min(map(len, levels), default=0) < 2:
+        return UNKNOWN, UNKNOWN  # one prompt drawn again and again would look like certainty
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
-        rows = [generator.integers(len(x), size=len(x)) for x, _ in parts]
-        again = [(x[row], y[row]) for (x, y), row in zip(parts, rows, strict=True)]
+        picks = [generator.integers(len(prompts), size=len(prompts)) for prompts in levels]
+        again = [
+            _joined([prompts[pick] for pick in picked])
+            for prompts, picked in zip(levels, picks, strict=True)
+        ]
         drawn.append((_overall(again), _within(again)))
     return _percentiles([a for a, _ in drawn], confidence), _percentiles(
         [b for _, b in drawn], confidence

@@ -20,13 +20,11 @@ def write_jsonl(transcripts: Sequence[Transcript], path: str | Path) -> None:
     """Write one JSON object a conversation, to a file that appears whole; NaN becomes null.
 
     Each holds `messages`, `replies` (tokens, and by `trait/site` the projection before the reply
-    and at each token), `summaries` and `alarms`. `ExportError` where nothing can be written.
+    and at each token), `summaries` and `alarms`. `ExportError` where nothing can be written, or for
+    a message with a field that JSON cannot hold.
     """
-    lines = [
-        json.dumps(document(one, number), ensure_ascii=False) + "\n"
-        for number, one in enumerate(transcripts)
-    ]
-    _write(Path(path), "".join(lines).encode())
+    lines = [_line(document(one, number)) for number, one in enumerate(transcripts)]
+    _write(Path(path), b"".join(lines))
 
 
 def document(transcript: Transcript, number: int = 0) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def document(transcript: Transcript, number: int = 0) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "conversation": number,
-        "messages": [dict(message) for message in transcript.messages],
+        "messages": [_message(message, number) for message in transcript.messages],
         "replies": [
             {
                 "message": reply.message,
@@ -49,7 +47,7 @@ def document(transcript: Transcript, number: int = 0) -> dict[str, Any]:
             for reply in transcript.replies
         ],
         "summaries": [_plain(summary) for summary in transcript.summaries()],
-        "alarms": [_plain(alarm) for alarm in transcript.alarms],
+        "alarms": [_alarm(alarm) for alarm in transcript.alarms],
     }
 
 
@@ -94,14 +92,13 @@ def attributes(
     if model:
         found["gen_ai.request.model"] = model
     if isinstance(seen, Alarm):
-        for name, value in _plain(seen).items():
-            found[f"{prefix}.alarm.{name}"] = value
-        return found
+        known = {name: value for name, value in _alarm(seen).items() if value is not None}
+        return found | {f"{prefix}.alarm.{name}": value for name, value in known.items()}
     found[f"{prefix}.alarms"] = len(seen.alarms)
     for summary in seen.summaries():
         place = str(summary.site).replace(".", "_")
         stem = f"{prefix}.projection.{_attribute_name(summary.trait)}.{place}"
-        for name in ("before", "mean", "max", "last", "first_alarm"):
+        for name in ("before", "mean", "max", "last", "first_alarm", "alarm_message"):
             value = getattr(summary, name)
             if value is not None and math.isfinite(value):
                 found[f"{stem}.{name}"] = value
@@ -150,6 +147,32 @@ def _plain(record: Summary | Alarm) -> dict[str, Any]:
         name: _number(value) if isinstance(value, float) else value
         for name, value in (found | {"site": str(record.site)}).items()
     }
+
+
+def _alarm(alarm: Alarm) -> dict[str, Any]:
+    """An alarm of a conversation names the reply; `chat` counts along whatever call made it."""
+    found = _plain(alarm)
+    del found["message" if alarm.message is None else "chat"]
+    return found
+
+
+def _message(message: Mapping[str, object], number: int) -> dict[str, object]:
+    for name, value in message.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ExportError(
+                f"conversation {number}: got a message whose field {name!r} JSON cannot hold "
+                f"({error}); wanted text, finite numbers, lists and objects: leave the field out"
+            ) from None
+    return dict(message)
+
+
+def _line(found: Mapping[str, object]) -> bytes:
+    try:
+        return json.dumps(found, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold only escaped
+        return json.dumps(found).encode() + b"\n"
 
 
 def _write(path: Path, content: bytes) -> None:

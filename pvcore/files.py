@@ -8,6 +8,15 @@ from pathlib import Path
 PIECE = 1 << 20
 
 
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without a byte order mark.
+
+    Only line breaks end one: `str.splitlines` also cuts at U+2028 and others that text may hold.
+    Raises `OSError` or `UnicodeDecodeError`.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path` and move it there, so that no reader ever meets half a file.
 

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from pvcore.blocks import Decoder
 from pvcore.errors import HookError
 from pvcore.frames import begin_frame, goes_on, tokens_of
-from pvcore.recomputes import Recomputes
+from pvcore.recomputes import Recomputes, node_number
 from pvcore.resident import Resident, traces
 from pvcore.runs import RUN, Run
 from pvcore.sessions import ARMED, ARMINGS, session_on
@@ -57,7 +57,10 @@ class Hook:
     def _run(self, args: tuple[Any, ...]) -> Run | None:
         """The run this hook acts for, if any: in a backward pass, that of the block's forward."""
         if _current_backward() != NO_BACKWARD:
-            return self.recomputes.find(self.site, args[0]) if args else None
+            patched = self.recomputes.find(self.site, args[0]) if args else None
+            if patched is None:
+                self.recomputes.refuse_copy(self.site)
+            return patched
         run = RUN.get()
         if run is not None and run.owner != self.key:
             run = None
@@ -127,12 +130,12 @@ class Pre(Hook):
     """On a block's input, its first positional argument or `hidden_states`."""
 
     @no_type_check
-    def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_dynamo_compiling():
             if traces(self.key, self.name):
                 return self._traced(args, kwargs)
             return None if _asleep() else _outside_graph(self._act, args, kwargs)
-        if RUN.get() is None and not self.recomputes.runs:
+        if RUN.get() is None and not self.recomputes.runs and not block.training:
             return None
         return self._act(args, kwargs)
 
@@ -243,6 +246,7 @@ class Begin(Hook):
         run = Run(session, frame, self.key, within)
         if frame.recorded and session.programs and tokens is not None:
             self.recomputes.remember("decoder", tokens, run)
+        run.began = node_number()
         RUN.set(run)
 
     def _refuse_recompute(self, tokens: Tensor | None) -> None:
@@ -282,6 +286,8 @@ class End(Hook):
             return
         RUN.set(run)
         run.end()
+        if run.frame.recorded and run.session.programs and _current_backward() == NO_BACKWARD:
+            self.recomputes.note(run.began, run.session.programs)
         if run.within is not None:
             RUN.set(run.within)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvcore.alarms import Alarms
-from pvcore.chats import Chats, as_chats
+from pvcore.alarms import Alarm, AlarmBell, Alarms
+from pvcore.chats import Chats, as_chats, naming_chat
 from pvcore.conversations import Conversation, located
 from pvcore.errors import ChatError
 from pvcore.graph import Engine, Graph
@@ -27,7 +27,8 @@ class Monitor:
     """Watches a model on a bank: replies as they are made, and conversations that are given.
 
     `alarms`, `on_alarm` and `standby` are those of `model.monitor`; `engine` is that of
-    `model.generate`. Plans armed around its calls act in them.
+    `model.generate`. Plans armed around its calls act in them. `alarms` sound in every reply of a
+    transcript, also in those that were read; `on_alarm` and `standby` act while replies are made.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Monitor:
 
         `settings` are those of transformers' `generate`.
         """
-        given = [self._located(chat, for_generation=True) for chat in as_chats(chats)]
+        given = self._located(chats, for_generation=True)
         with self.model.monitor(self.bank, **self._rules) as seen:
             sequences = self.model.generate_ids(chats, engine=self.engine, **settings)
         copies, tables = len(sequences) // len(given), _tables(seen)
@@ -66,9 +67,15 @@ class Monitor:
             self._answered(given[row // copies], row, ids.tolist(), tables)
             for row, ids in enumerate(sequences)
         ]
-        alarms = seen.alarms
+        rung = seen.alarms
         return [
-            replace(one, alarms=tuple(alarm for alarm in alarms if alarm.chat == row))
+            replace(
+                one,
+                alarms=(
+                    *self._looked_back(one.replies[:-1], row),
+                    *(replace(a, message=len(one.messages) - 1) for a in rung if a.chat == row),
+                ),
+            )
             for row, one in enumerate(made)
         ]
 
@@ -81,7 +88,7 @@ class Monitor:
 
         `SpanError` where a template makes it impossible to tell an assistant turn's tokens.
         """
-        given = [self._located(chat) for chat in as_chats(chats)]
+        given = self._located(chats)
         check = self._rules["check_model"]
         with self.model.monitor(self.bank, check_model=check) as seen:
             self.model.read(
@@ -92,9 +99,13 @@ class Monitor:
                 batch_size=batch_size,
             )
         tables = _tables(seen)
-        return [
+        told = [
             self._transcript(one, _every_token(tables, chat, len(one.ids)))
             for chat, one in enumerate(given)
+        ]
+        return [
+            replace(one, alarms=self._looked_back(one.replies, chat))
+            for chat, one in enumerate(told)
         ]
 
     def alarm_levels(
@@ -112,13 +123,29 @@ class Monitor:
         by_trait = dict(zip(self.bank.traits, highest, strict=True))
         return alarm_levels(by_trait, self.bank.sites, percentile=percentile, **settings)
 
-    def _located(self, chat: Any, *, for_generation: bool = False) -> Conversation:
-        return located(
-            self.model.tokenizer,
-            chat,
-            max_length=self.model.max_length,
-            for_generation=for_generation,
-        )
+    def _located(self, chats: Chats, *, for_generation: bool = False) -> list[Conversation]:
+        found = []
+        for index, chat in enumerate(as_chats(chats)):
+            with naming_chat(index):
+                found.append(
+                    located(
+                        self.model.tokenizer,
+                        chat,
+                        max_length=self.model.max_length,
+                        for_generation=for_generation,
+                    )
+                )
+        return found
+
+    def _looked_back(self, replies: Sequence[Reply], chat: int) -> tuple[Alarm, ...]:
+        """The alarms of replies that were there before, each as if it had just been made."""
+        bell = AlarmBell(self._rules["alarms"] or {}, self.bank.traits, self.bank.sites)
+        rung: list[Alarm] = []
+        for reply in replies if bell else ():
+            steps = torch.cat([reply.before[..., None], reply.projections], dim=-1)
+            alarms = bell.replay(dict(zip(self.bank.traits, steps, strict=True)))
+            rung += [replace(alarm, chat=chat, message=reply.message) for alarm in alarms]
+        return tuple(rung)
 
     def _transcript(self, one: Conversation, scores: Tensor, **more: Any) -> Transcript:
         """The turns of a conversation cut out of the scores `[trait, layer, token]` of its ids."""

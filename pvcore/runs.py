@@ -30,6 +30,7 @@ class Run:
         "_step",
         "_takes",
         "_trail",
+        "began",
         "ended",
         "frame",
         "owner",
@@ -44,6 +45,8 @@ class Run:
         self.session, self.frame, self.owner = session, frame, owner
         # The run of another model whose forward this one is part of.
         self.within = within
+        # The number of the first autograd node that it may record.
+        self.began = 0
         self._takes = [reader.begin(frame) for reader in session.readers]
         self._trail: list[int] = []
         self._shape: torch.Size | None = None

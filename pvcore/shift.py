@@ -88,11 +88,7 @@ def finetuning_shift(
         settings = _in_dtype(tuned.dtype, settings)
     start = _base(base, bank, prompts, batch_size, check_model, progress, settings)
     model = tuned if isinstance(tuned, HookedModel) else load(tuned, **start.loading)
-    if model is tuned and model.dtype != start.dtype:
-        raise ModelError(
-            f"got base in {start.dtype} and the tuned model in {model.dtype}, whose rounding would "
-            "count as shift; load both in one dtype"
-        )
+    _refuse_rounding(start, model)
     after = standing(model, bank, start.prompts, batch_size, progress)
     return start.before.shift_to(after, bank)
 
@@ -111,7 +107,7 @@ def shift_trajectory(
     """The shift of every `checkpoint-STEP` that a trainer left in a folder, by its step.
 
     One model at a time is loaded beside a base given as a model. Raises `ModelError` for a folder
-    without checkpoints.
+    without checkpoints, and for checkpoints loaded in another dtype than base.
     """
     found = checkpoints(folder)
     if not found:
@@ -120,6 +116,7 @@ def shift_trajectory(
     shifts = {}
     for step, path in found.items():
         model = load(path, **start.loading)
+        _refuse_rounding(start, model)
         after = standing(model, bank, start.prompts, batch_size, progress)
         shifts[step] = start.before.shift_to(after, bank)
     return shifts
@@ -240,6 +237,14 @@ def _base(
         dtype=model.dtype,
         loading=_in_dtype(model.dtype, settings),
     )
+
+
+def _refuse_rounding(start: _Start, tuned: HookedModel) -> None:
+    if tuned.dtype != start.dtype:
+        raise ModelError(
+            f"got base in {start.dtype} and the tuned model in {tuned.dtype}, whose rounding would "
+            "count as shift; load both in one dtype"
+        )
 
 
 def _in_dtype(dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:

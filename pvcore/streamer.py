@@ -7,7 +7,7 @@ for step in streamer: ...
 
 import queue
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,8 @@ from pvcore.sessions import Take
 from pvcore.sites import Site
 from pvcore.stream import Pieces, Step
 from pvcore.vectors import VectorBank
+
+T = TypeVar("T")
 
 _OVER = object()
 
@@ -67,13 +69,22 @@ class _Newest:
         return torch.stack([scores[site].cpu() for site in self._sites])
 
 
+class _Feed:
+    """The steps of one generation, for whoever iterates."""
+
+    def __init__(self) -> None:
+        self.steps: queue.Queue[Step | object] = queue.Queue()
+        self.failed = False
+
+
 class ProjectionStreamer:
     """Give it to `hf.generate(streamer=...)`, and iterate it for one `Step` a token.
 
     As with transformers' own streamers, one chat at a time, without beams. `on_step` is called in
     the thread that generates; without it, steps wait in a queue for whoever iterates, who may do
     so in another thread, and `timeout` seconds without a step are a `HookError`. Plans that are
-    armed in the thread that generates act too. An object serves one generation after another.
+    armed in the thread that generates act too. An object serves one generation after another, and
+    each iteration follows one of them: leaving it early gives up the rest of that generation.
     """
 
     def __init__(
@@ -91,14 +102,17 @@ class ProjectionStreamer:
         model.check(self._plan, check_model=check_model)
         self._model, self._bank, self._check = model, bank, check_model
         self._on_step, self._timeout = on_step, timeout
-        self._steps: queue.Queue[Any] = queue.Queue()
+        self._feeds: queue.Queue[_Feed] = queue.Queue()
+        self._feed = _Feed()
         self._reader: _Newest | None = None
         self._release: Callable[[], None] | None = None
         self._pieces = Pieces(model.tokenizer)
 
     def put(self, value: Tensor) -> None:
         """Called by `generate`: first with the prompt, then with each token."""
-        if self._reader is None:
+        # Tokens have one axis: two are the prompt of another generation, after one that failed.
+        if self._reader is None or value.ndim > 1:
+            self.close()
             self._begin(value)
             return
         token = value.reshape(-1).cpu()
@@ -108,7 +122,7 @@ class ProjectionStreamer:
             token_ids=token,
             projections={trait: scores[..., k] for k, trait in enumerate(self._bank.traits)},
         )
-        (self._on_step or self._steps.put)(step)
+        (self._on_step or self._feed.steps.put)(step)
 
     def _begin(self, prompt: Tensor) -> None:
         if prompt.ndim > 1 and len(prompt) > 1:
@@ -121,16 +135,23 @@ class ProjectionStreamer:
         self._release = self._model.hold_reader(
             self._plan, reader, lapsed=lambda: reader.over, check_model=self._check
         )
-        self._reader = reader
+        self._reader, self._feed = reader, _Feed()
+        if self._on_step is None:
+            self._feeds.put(self._feed)
 
     def end(self) -> None:
         """Called by `generate` when it is done."""
-        self.close()
-        if self._on_step is None:
-            self._steps.put(_OVER)
+        self._feed.steps.put(_OVER)
+        self._leave()
 
     def close(self) -> None:
         """Take the reader off; for a generation that failed, which never calls `end`."""
+        if self._reader is not None:
+            self._feed.failed = True
+            self._feed.steps.put(_OVER)
+        self._leave()
+
+    def _leave(self) -> None:
         if self._reader is not None:
             self._reader.over = True
         if self._release is not None:
@@ -138,14 +159,20 @@ class ProjectionStreamer:
         self._reader = self._release = None
 
     def __iter__(self) -> Iterator[Step]:
-        while True:
-            try:
-                step = self._steps.get(timeout=self._timeout)
-            except queue.Empty:
-                raise HookError(
-                    f"got no token for {self._timeout} seconds; the generation has failed, or was "
-                    "not given this streamer"
-                ) from None
-            if step is _OVER:
-                return
+        while (feed := self._wait(self._feeds)).failed:
+            continue  # nobody had listened before it failed
+        while isinstance(step := self._wait(feed.steps), Step):
             yield step
+        if feed.failed:
+            raise HookError(
+                "got a generation that failed before its end; see the error where generate() ran"
+            )
+
+    def _wait(self, items: "queue.Queue[T]") -> T:
+        try:
+            return items.get(timeout=self._timeout)
+        except queue.Empty:
+            raise HookError(
+                f"got no token for {self._timeout} seconds; the generation has failed, or was not "
+                "given this streamer"
+            ) from None

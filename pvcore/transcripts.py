@@ -37,7 +37,7 @@ class Summary:
     """What one conversation showed on one trait at one site, over all its replies.
 
     `before` is the projection at the last prompt token of the last reply, `last` that of the last
-    token known; `first_alarm` the step of the first alarm of the reply that was generated.
+    token known; `first_alarm` the step of the first alarm, within the reply `alarm_message`.
     """
 
     trait: str
@@ -47,11 +47,15 @@ class Summary:
     max: float
     last: float
     first_alarm: int | None
+    alarm_message: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """A conversation, its replies, and the alarms that rang while the last one was generated."""
+    """A conversation, its replies, and the alarms of all of them, in their order.
+
+    An alarm whose `message` is None counts for the last reply.
+    """
 
     messages: tuple[Mapping[str, object], ...]
     replies: tuple[Reply, ...]
@@ -65,6 +69,15 @@ class Transcript:
             raise VectorError(f"got trait {trait!r}; this watches {', '.join(self.traits)}")
         return self.traits.index(trait)
 
+    def alarms_of(self, reply: Reply) -> tuple[Alarm, ...]:
+        """The alarms that rang in one of the replies."""
+        last = self.replies[-1].message
+        return tuple(
+            alarm
+            for alarm in self.alarms
+            if (last if alarm.message is None else alarm.message) == reply.message
+        )
+
     def drift(self, trait: str) -> Float[Tensor, "turn layer"]:
         """The mean projection of each reply in turn."""
         place = self.of(trait)
@@ -77,11 +90,15 @@ class Transcript:
         if not self.replies:
             return []
         every = torch.cat([reply.projections for reply in self.replies], dim=-1).double()
+        first: dict[tuple[str, Site], tuple[int, int]] = {}
+        for reply in self.replies:
+            for alarm in self.alarms_of(reply):
+                first.setdefault((alarm.trait, alarm.site), (alarm.step, reply.message))
         found = []
         for k, trait in enumerate(self.traits):
             for place, site in enumerate(self.sites):
                 known = every[k, place][~every[k, place].isnan()]
-                steps = [a.step for a in self.alarms if (a.trait, a.site) == (trait, site)]
+                step, message = first.get((trait, site), (None, None))
                 found.append(
                     Summary(
                         trait=trait,
@@ -90,7 +107,8 @@ class Transcript:
                         mean=float(known.mean()) if len(known) else float("nan"),
                         max=float(known.max()) if len(known) else float("nan"),
                         last=float(known[-1]) if len(known) else float("nan"),
-                        first_alarm=min(steps, default=None),
+                        first_alarm=step,
+                        alarm_message=message,
                     )
                 )
         return found

@@ -55,6 +55,16 @@ def refuse_virtual_tokens(model: Any) -> None:
             )
 
 
+def refuse_partitions(model: nn.Module) -> None:
+    """Raise `HookError` where DeepSpeed has spread parameters over processes (ZeRO-3)."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise HookError(
+            "got parameters that DeepSpeed ZeRO-3 spreads over processes, which a forward of one "
+            "process alone would wait for without end; use ZeRO-2 or FSDP, or measure the saved "
+            "checkpoints with pv.shift_trajectory"
+        )
+
+
 @contextmanager
 def evaluating(hf: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; after it every module is in the mode it was in."""

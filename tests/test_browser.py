@@ -160,7 +160,7 @@ def test_the_demo_report_shows_its_plots(look: Look) -> None:
 def test_the_course_of_a_shift_is_drawn(look: Look) -> None:
     site = pv.resid_post(2)
     found = {
-        f"checkpoint-{step}": FinetuningShift(
+        step: FinetuningShift(
             sites=(site,),
             shifts={"evil": torch.tensor([step / 10.0]), "humor": torch.tensor([-step / 20.0])},
             prompts=4,

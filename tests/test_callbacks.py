@@ -317,88 +317,18 @@ def test_trl_trains_an_adapter_under_prevention_and_saves_nothing_of_it(tmp_path
     assert not armed(made.model)
 
 
-class Listening(transformers.TrainerCallback):  # type: ignore[misc]
-    """What report_to hears; it comes before the callbacks a user gives."""
-
-    def __init__(self) -> None:
-        self.heard: list[dict[str, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.heard.append({**logs, "step": state.global_step})
-
-
-PROMPTS = [[{"role": "user", "content": f"Is it {n}?"}] for n in range(3)]
-
-
-def watched(hf: Any, folder: Any, *callbacks: Any, **settings: Any) -> tuple[Any, Listening]:
-    listening = Listening()
-    made = trainer(hf, folder, listening, *callbacks, **settings)
-    made.callback_handler.processing_class = tokenizer()
-    made.train()
-    return made, listening
-
-
-def test_shift_is_logged_while_training_which_goes_on_as_without(tmp_path: Any) -> None:
-    bank = pv.VectorBank([vector(0, 2), vector(0, 2).rename("humor")])
+def test_a_schedule_needs_a_trainer_that_tells_how_long_it_trains() -> None:
     hf, _ = subject("qwen2")
-    callback = pv.ShiftCallback(bank, PROMPTS, every=3)
-    made, listening = watched(hf, tmp_path, prevention(), callback)
-    assert list(callback.history) == [3, 4]
-    plain, without = watched(subject("qwen2")[0], tmp_path, prevention())
-    assert losses(made) == losses(plain)
-    base, tuned = (pv.HookedModel(one, tokenizer()) for one in (subject("qwen2")[0], hf))
-    wanted = pv.finetuning_shift(base, tuned, bank, PROMPTS).named()
-    assert callback.history[4].named() == pytest.approx(wanted, abs=1e-6)
-    assert abs(wanted["evil/resid_post.2"]) > 1e-3
-    assert callback.history[3].named() != callback.history[4].named()
-    told = [entry for entry in listening.heard if "shift/evil/resid_post.2" in entry]
-    kept = [entry for entry in made.state.log_history if "shift/evil/resid_post.2" in entry]
-    assert [entry["step"] for entry in told] == [entry["step"] for entry in kept] == [3, 4]
-    for entry, shift in zip(told, callback.history.values(), strict=True):
-        assert {f"shift/{name}": number for name, number in shift.named().items()}.items() <= (
-            entry.items()
-        )
-    others = [entry for entry in listening.heard if entry not in told]
-    assert [entry["step"] for entry in others] == [entry["step"] for entry in without.heard]
-
-
-def test_shift_is_read_without_dropout_and_the_random_numbers_of_training_stay(
-    tmp_path: Any,
-) -> None:
-    curves = []
-    bank = pv.VectorBank([vector(1)])
-    for callbacks in ([], [pv.ShiftCallback(bank, [ids()[0]], every=1)]):
-        hf, _ = subject("gpt2")
-        for module in hf.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.3
-        made = trainer(hf, tmp_path, *callbacks, learning_rate=0.0)
-        made.train()
-        curves.append(losses(made))
-    assert curves[0] == curves[1]
-    assert [shift["evil"].item() for shift in callbacks[0].history.values()] == [0.0] * 4
-    assert pv.ShiftCallback(bank, [ids()[0]]).history == {}
-    with pytest.raises(pv.PvcoreError, match="got every=0"):
-        pv.ShiftCallback(bank, [ids()[0]], every=0)
-
-
-def test_shift_of_a_resumed_training_is_measured_from_its_beginning(tmp_path: Any) -> None:
-    bank, prompts = pv.VectorBank([vector(0, 2)]), [ids()[0], ids(1)[0]]
-    settings = {"save_strategy": "steps", "save_steps": 2}
-    whole = pv.ShiftCallback(bank, prompts, every=1)
-    trainer(subject("qwen2")[0], tmp_path, whole, **settings).train()
-    resumed = pv.ShiftCallback(bank, prompts, every=1)
-    later = trainer(subject("qwen2")[0], tmp_path, resumed, **settings)
-    later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert list(resumed.history) == [3, 4]
-    for step, shift in resumed.history.items():
-        assert shift.named() == pytest.approx(whole.history[step].named(), abs=1e-6)
-    assert abs(whole.history[4]["evil"][0] - whole.history[2]["evil"][0]) > 1e-4
-    for folder, asked in ((tmp_path / "elsewhere", prompts), (tmp_path, prompts[:1])):
-        callback = pv.ShiftCallback(bank, asked, every=1)
-        stray = trainer(subject("qwen2")[0], folder, callback, **settings)
-        with pytest.raises(HookError, match="resumed at step 2, whose beginning is not in"):
-            stray.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    callback, state = prevention(schedule="linear"), transformers.TrainerState()
+    callback.on_train_begin(None, state, None, model=hf)
+    with pytest.raises(HookError, match="a schedule and a trainer of max_steps=0"):
+        callback.on_step_begin(None, state, None)
+    callback.on_train_end(None, state, None)
+    constant = prevention()
+    constant.on_train_begin(None, state, None, model=hf)
+    constant.on_step_begin(None, state, None)
+    constant.on_train_end(None, state, None)
+    assert not armed(hf)
 
 
 def test_a_loop_that_can_be_suspended_trains_on_after_an_evaluation() -> None:

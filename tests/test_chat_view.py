@@ -1,6 +1,7 @@
 """The chat view: every token with its colour and value, all text escaped, nothing from outside."""
 
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from pvcore.errors import VectorError
 from pvcore.numerals import number
 from pvcore.token_colours import ReportError
 from pvcore.transcripts import Reply, Transcript
-from tests.test_exports import ALARM, SITES, transcript
+from tests.test_exports import ALARM, SITES, reply, transcript
 
 ATTACK = '</div><script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -124,6 +125,16 @@ def test_conversations_of_one_page_share_their_scale_and_name_it() -> None:
     assert page == report.render(
         chat_view([transcript(), transcript(seed=5)], levels={"evil": 4.0})
     )
+
+
+def test_an_empty_reply_leaves_the_figure_of_the_others() -> None:
+    one = transcript()
+    silent = {"role": "assistant", "content": ""}
+    empty = replace(one, messages=(*one.messages, silent), replies=(*one.replies, reply(4, (), 9)))
+    page, figure = (report.render(chat_view([seen])) for seen in (empty, one))
+    svg = re.search(r"<svg.*?</svg>", figure, re.DOTALL)
+    assert svg is not None
+    assert svg[0] in page
 
 
 def test_a_conversation_without_replies_is_still_shown() -> None:

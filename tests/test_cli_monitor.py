@@ -68,7 +68,7 @@ def test_files_hold_what_the_library_finds(
         assert row["reply"] == one.messages[-1]["content"]
         assert row["prompt"] == one.messages[-2]["content"]
     assert len(rows[0]["projections"]["evil resid_post.2"]["by_turn"]) == 2
-    lines = [json.loads(line) for line in places[0].read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in places[0].read_text(encoding="utf-8").split("\n")[:-1]]
     assert [len(line["replies"]) for line in lines] == [2, 2, 1]
     table = parquet.read_table(places[1])
     tokens = sum(1 + len(reply.tokens) for one in (told, made, short) for reply in one.replies)
@@ -96,6 +96,48 @@ def test_alarms_are_told_and_may_stop_the_reply(run: Any, evil: Path) -> None:
     assert first == told["alarms"][0] | {"value": pytest.approx(told["alarms"][0]["value"])}
     assert free["reply"].startswith(stopped["reply"].rstrip())
     assert len(stopped["reply"]) < len(free["reply"])
+
+
+def test_alarms_sound_in_chats_that_are_read(
+    run: Any, evil: Path, chats: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / "seen.jsonl", tmp_path / "seen.html"]
+    outs = [part for place in places for part in ("--out", place)]
+    settings = ("--vector", evil, "--layers", "2", "--max-new-tokens", "4", "--batch-size", "1")
+    monitor = pv.Monitor(world_model(), pv.VectorBank(pv.PersonaVector.load(evil), layers=[2]))
+    (read,) = monitor.read([TOLD])
+    first, second = (reply.projections[0, 0] for reply in read.replies)
+    level = min(float(first.max()), float(second.max())) - 1e-3
+    status, out, _ = run(
+        "world", "--chats", chats, *settings, *outs, "--alarm", f"evil={level}", "--json"
+    )
+    assert status == 0
+    told = [row["alarms"] for row in json.loads(out)["conversations"]]
+    assert {alarm["message"] for alarm in told[0]} == {1, 3}
+    assert {alarm["message"] for alarm in told[2]} == {1}
+    assert [a for a in told[0] if a["message"] == 1] == told[2]
+    lines = [json.loads(line) for line in places[0].read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [[(a["message"], a["step"]) for a in line["alarms"]] for line in lines] == [
+        [(a["message"], a["step"]) for a in row] for row in told
+    ]
+    assert not any("chat" in alarm for line in lines for alarm in line["alarms"])
+    assert places[1].read_text(encoding="utf-8").count('class="bell"') == sum(map(len, told))
+
+
+def test_what_was_exported_can_be_given_back(run: Any, evil: Path, tmp_path: Path) -> None:
+    told = [{**TOLD[0], "content": "How do I\u2028 start\x85?"}, TOLD[1]]
+    seen, again = tmp_path / "seen.jsonl", tmp_path / "again.jsonl"
+    text = json.dumps(told, ensure_ascii=False)
+    seen.write_text(f"\ufeff{text}\n", encoding="utf-8")
+    settings = ("world", "--vector", evil, "--json")
+    rows = []
+    for given, made in ((seen, again), (again, tmp_path / "last.jsonl")):
+        status, out, err = run(*settings, "--chats", given, "--out", made)
+        assert (status, err) == (0, "")
+        rows.append(json.loads(out)["conversations"])
+    assert rows[0] == rows[1]
+    assert rows[0][0]["prompt"] == told[0]["content"]
+    assert again.read_bytes() == (tmp_path / "last.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,39 @@ def test_figures_over_checkpoints_are_those_of_the_library(
     assert "checkpoint-10" in drawn
 
 
+def test_lines_end_at_line_breaks_alone(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    asked = ["Is it 3?\u2028Say why.", "Is\x0b it\x85 4?"]
+    text = "\r\n".join([asked[0], "", asked[1]])
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    given = ("--prompts", tmp_path / "prompts.txt", "--vector", files["evil"], "--json")
+    status, out, _ = run("world", files["run"], *given)
+    document = json.loads(out)
+    assert (status, document["prompts"]) == (0, 2)
+    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
+    chats = [[{"role": "user", "content": text}] for text in asked]
+    course = pv.shift_trajectory(world_model(), files["run"], bank, chats)
+    assert document["shifts"][0] == {"checkpoint": "checkpoint-5", **course[5].named()}
+
+
+def test_a_folder_by_whatever_name_is_a_model_or_a_course(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "shift.html"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
+    best, wanted = tmp_path / "checkpoint-best", []
+    (files["run"] / "checkpoint-5").rename(best)
+    for tuned, figures in ((best, 0), (f"{best}/", 0)):
+        status, out, _ = run("world", tuned, *given)
+        (row,) = json.loads(out)["shifts"]
+        assert (status, row["checkpoint"]) == (0, str(tuned))
+        assert page.read_text().count("training step</text>") == figures
+        wanted.append({**row, "checkpoint": "checkpoint-0"})
+    best.rename(files["run"] / "checkpoint-0")
+    status, out, _ = run("world", files["run"], *given)
+    assert (status, json.loads(out)["shifts"][0]) == (0, wanted[0])
+    assert page.read_text().count("training step</text>") == 2
+
+
 def test_one_model_under_a_system_prompt_as_text(run: Any, files: dict[str, Path]) -> None:
     tuned = files["run"] / "checkpoint-5"
     given = ("--prompts", files["questions"], "--vector", files["evil"], "--layers", "2")
@@ -79,14 +112,18 @@ def test_what_cannot_be_measured_is_one_line(
 ) -> None:
     (tmp_path / "blank.txt").write_text("\n")
     page = tmp_path / "page.html"
-    for tuned, prompts, text in (
-        (files["run"], tmp_path / "nowhere.txt", "cannot be read"),
-        (files["run"], tmp_path / "blank.txt", "no prompts"),
-        (tmp_path / "nowhere", files["questions"], "cannot be loaded"),
+    asked = files["questions"]
+    for tuned, prompts, dtype, text in (
+        (files["run"], tmp_path / "nowhere.txt", "auto", "cannot be read"),
+        (files["run"], tmp_path / "blank.txt", "auto", "no prompts"),
+        (tmp_path / "nowhere", asked, "auto", "cannot be loaded"),
+        (files["run"], asked, "bfloat16", "whose rounding would count as shift"),
+        (files["run"] / "checkpoint-5", asked, "bfloat16", "whose rounding would count as shift"),
     ):
         status, out, err = run(
-            *("world", tuned, "--prompts", prompts, "--vector", files["evil"], "--out", page)
+            *("world", tuned, "--prompts", prompts, "--vector", files["evil"], "--out", page),
+            *("--dtype", dtype),
         )
         assert (status, out) == (2, "")
-        assert text in err
+        assert text in err.replace("\n", " ")
         assert not page.exists()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,3 +132,68 @@ def test_projections_that_are_alike_within_each_level_foretell_nothing_there(siz
         assert math.isnan(found.within)
         assert math.isnan(found.within_interval.low)
         assert not math.isnan(found.overall)
+
+
+def rollouts(
+    levels: int, prompts: int, each: int, generator: np.random.Generator, dust: float = 0.0
+) -> list[MonitoredReply]:
+    """Replies that share their prompt's projection, and what else it does to scores; r is 0.5."""
+    rows = []
+    for level in range(levels):
+        for prompt in range(prompts):
+            x, more = generator.normal(size=2)
+            for y in 0.5 * x + math.sqrt(0.5) * more + 0.5 * generator.normal(size=each):
+                near = float(x + dust * generator.normal())
+                rows.append(
+                    MonitoredReply(projection=near, score=float(y), level=level, prompt=prompt)
+                )
+    return rows
+
+
+def apart(rows: list[MonitoredReply]) -> list[MonitoredReply]:
+    """The same as if each reply had a prompt of its own."""
+    return [replace(row, prompt=place) for place, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("interval", ["fisher", "bootstrap"])
+def test_intervals_hold_the_true_r_where_replies_share_prompts(interval) -> None:
+    """At 80%, at least 80% less 3.5 standard errors; taken as independent, far fewer."""
+    generator = np.random.default_rng(7)
+    trials = 120 if interval == "fisher" else 50
+    hits = {"shared": 0, "apart": 0}
+    for trial in range(trials):
+        rows = rollouts(3, 15, 8, generator)
+        for name, given in (("shared", rows), ("apart", apart(rows))):
+            found = correlations(
+                given, confidence=0.8, interval=interval, resamples=100, seed=trial
+            )
+            assert found.prompts == (45 if name == "shared" else 360)
+            low, high = found.within_interval
+            hits[name] += low <= 0.5 <= high
+    error = math.sqrt(0.8 * 0.2 / trials)
+    assert hits["shared"] / trials > 0.8 - 3.5 * error
+    assert hits["apart"] / trials < 0.6
+
+
+def test_eight_prompts_are_eight_points_however_often_they_are_answered() -> None:
+    rows = rollouts(8, 1, 100, np.random.default_rng(2))
+    found = correlations(rows)
+    assert (found.count, found.prompts) == (800, 8)
+    middle, reach = math.atanh(found.overall), 1.959964 / math.sqrt(8 - 3)
+    assert found.overall_interval == pytest.approx(
+        (math.tanh(middle - reach), math.tanh(middle + reach)), abs=1e-6
+    )
+    assert math.isnan(found.within)
+    drawn = correlations(rows, interval="bootstrap", resamples=50)
+    assert all(map(math.isnan, drawn.overall_interval))
+
+
+@pytest.mark.parametrize("interval", ["fisher", "bootstrap"])
+def test_prompts_are_told_or_known_by_their_projection(interval) -> None:
+    rows = rollouts(2, 10, 5, np.random.default_rng(4))
+    settings = {"interval": interval, "resamples": 50}
+    untold = [replace(row, prompt=None) for row in rows]
+    assert correlations(untold, **settings) == correlations(rows, **settings)
+    assert correlations(apart(rows), **settings) != correlations(rows, **settings)
+    rounded = rollouts(2, 10, 5, np.random.default_rng(4), dust=1e-6)
+    assert correlations(rounded, **settings).prompts == 20

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -117,6 +119,35 @@ def test_the_names_are_those_opentelemetry_takes() -> None:
     span.add_event("alarm", attributes(ALARM))
     assert dict(span.attributes) == attributes(transcript())
     assert dict(span.events[0].attributes) == attributes(ALARM)
+
+
+def test_an_alarm_of_what_overflowed_has_no_value_and_no_null() -> None:
+    found = attributes(replace(ALARM, value=math.inf, message=3))
+    assert "pvcore.alarm.value" not in found
+    assert (found["pvcore.alarm.threshold"], found["pvcore.alarm.message"]) == (4.0, 3)
+    assert "pvcore.alarm.chat" not in found
+    assert None not in found.values()
+
+
+@pytest.mark.parametrize("stray", [datetime(2024, 1, 1), math.nan, {"when": {1, 2}}])
+def test_a_field_that_json_cannot_hold_is_named(tmp_path: Path, stray: object) -> None:
+    one = transcript()
+    first = {**one.messages[0], "timestamp": stray}
+    dated = replace(one, messages=(first, *one.messages[1:]))
+    with pytest.raises(ExportError, match=r"conversation 1: .* field 'timestamp' JSON cannot hold"):
+        write_jsonl([one, dated], tmp_path / "seen.jsonl")
+    assert not (tmp_path / "seen.jsonl").exists()
+    kept = replace(one, messages=({**one.messages[0], "turn": [1, None]}, *one.messages[1:]))
+    write_jsonl([kept], tmp_path / "seen.jsonl")
+    assert json.loads((tmp_path / "seen.jsonl").read_text())["messages"][0]["turn"] == [1, None]
+
+
+def test_half_a_character_is_written_escaped(tmp_path: Path) -> None:
+    one = transcript()
+    cut = replace(one, replies=(reply(1, ("\ud83d", "é"), 0),))
+    write_jsonl([cut], tmp_path / "seen.jsonl")
+    read = json.loads((tmp_path / "seen.jsonl").read_text(encoding="utf-8"))
+    assert read["replies"][0]["tokens"] == ["\ud83d", "é"]
 
 
 def test_what_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Monitor: transcripts agree with reads of single turns and with raw hooks, token by token."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pvcore.exports import write_jsonl, write_parquet
 from tests.families import build, tokenizer
 from tests.oracle import padded
 from tests.subjects import point, prompts, subject, unit, vector, worst
+from tests.test_alarms import crossings
 from tests.test_conversations import CHAT
 from tests.test_graph import GRAPH
 
@@ -153,7 +156,70 @@ def test_summaries_tell_mean_highest_last_and_first_alarm() -> None:
     assert summary.first_alarm == first == one.alarms[0].step
     assert sum(s.first_alarm is None for s in one.summaries()) == 3
     steps = list(monitor.stream([PROMPT], **settings))
-    assert [a for step in steps for a in step.alarms] == list(one.alarms)
+    told = [replace(alarm, message=1) for step in steps for alarm in step.alarms]
+    assert told == list(one.alarms)
+
+
+def courses(chat: list[dict[str, str]]) -> dict[int, Tensor]:
+    """By reply, float64 projections `[trait, site, step]`: before it, then at its tokens."""
+    template = subject("qwen2").model.tokenizer.apply_chat_template
+    scores = raw_scores("qwen2", torch.tensor(template(chat, return_dict=False)))
+    found = {}
+    for place, message in enumerate(chat):
+        if message["role"] == "assistant" and message["content"]:
+            start = len(template(chat[:place], add_generation_prompt=True, return_dict=False))
+            found[place] = scores[..., start - 1 : start + len(message["content"])]
+    return found
+
+
+def test_alarms_sound_in_every_reply_that_is_read(tmp_path: Path) -> None:
+    model = subject("qwen2").model
+    given = courses(CHAT)
+    spread = torch.cat(list(given.values()), dim=-1)[0, 1].sort().values.tolist()
+    # Between two values, so that rounding cannot decide.
+    high = (spread[-5] + spread[-6]) / 2
+    low = (spread[4] + spread[5]) / 2
+    rules = {"evil": {2: pv.Threshold(high, low)}}
+    _, one = pv.Monitor(model, BANK, alarms=rules).read([SHORT[:1], CHAT])
+    wanted = [
+        (message, step)
+        for message, course in given.items()
+        for step in crossings(course[0, 1].tolist(), high, low)
+    ]
+    assert [(alarm.message, alarm.step) for alarm in one.alarms] == wanted
+    assert {message for message, _ in wanted} == {2, 6}
+    for alarm in one.alarms:
+        assert (alarm.trait, alarm.site) == ("evil", SITES[1])
+        assert abs(alarm.value - float(given[alarm.message][0, 1, alarm.step])) < BOUND
+    (summary,) = [s for s in one.summaries() if s.first_alarm is not None]
+    assert (summary.alarm_message, summary.first_alarm) == wanted[0]
+    (plain,) = pv.Monitor(model, BANK).read([CHAT])
+    assert plain.alarms == ()
+    page = report.render(chat_view([one], site=2, levels={"evil": high}))
+    assert page.count('class="bell"') == len(wanted)
+    write_jsonl([plain, one], tmp_path / "seen.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().split("\n")[:-1]]
+    assert [(a["message"], a["step"]) for a in lines[1]["alarms"]] == wanted
+    assert "chat" not in lines[1]["alarms"][0]
+
+
+def test_alarms_of_a_reply_just_made_come_after_those_of_the_replies_before_it() -> None:
+    model = subject("qwen2").model
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    (free,) = pv.Monitor(model, BANK).generate([CHAT[:4]], **settings)
+    values = torch.cat([one.projections[1, 0] for one in free.replies])
+    level = float(values[~values.isnan()].median()) + 1e-4
+    monitor = pv.Monitor(model, BANK, alarms={"humor": {0: level}})
+    (made,) = monitor.generate([CHAT[:4]], **settings)
+    last = made.replies[-1]
+    course = [float(last.before[1, 0]), *last.projections[1, 0].tolist()]
+    (earlier,) = monitor.read([CHAT[:3]])
+    wanted = [
+        *((2, alarm.step) for alarm in earlier.alarms),
+        *((4, step) for step in crossings(course, level, level)),
+    ]
+    assert [(alarm.message, alarm.step) for alarm in made.alarms] == wanted
+    assert {message for message, _ in wanted} == {2, 4}
 
 
 def neutral_chats(count: int) -> list[list[dict[str, str]]]:
@@ -178,13 +244,14 @@ def test_calibrated_alarms_are_percentiles_of_the_highest_tokens() -> None:
     )
     found = monitor.alarm_levels(chats, percentile=80)
     assert len(found.levels) == 4
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     for level in found.levels:
         k, place = list(BANK.traits).index(level.trait), SITES.index(level.site)
         values = highest[:, k, place].double()
         assert level.threshold.high == pytest.approx(
-            float(torch.quantile(values[::2], 0.8)), abs=1e-6
+            float(torch.quantile(values[order[::2]], 0.8)), abs=1e-6
         )
-        hits = int((values[1::2] > level.threshold.high).sum())
+        hits = int((values[order[1::2]] > level.threshold.high).sum())
         assert level.false_positive_rate == hits / 30
         assert level.interval.low <= level.false_positive_rate <= level.interval.high
     armed = pv.Monitor(monitor.model, BANK, alarms=found.at(2).alarms)
@@ -205,5 +272,5 @@ def test_what_a_monitor_cannot_do_is_refused_when_it_is_made() -> None:
     )
     with pytest.raises(PlanError, match="width 65"):
         pv.Monitor(model, pv.VectorBank([wide]))
-    with pytest.raises(ChatError, match="token ids"):
-        pv.Monitor(model, BANK).read(prompts([4]))
+    with pytest.raises(ChatError, match=r"chat 1: .* token ids"):
+        pv.Monitor(model, BANK).read([CHAT, *prompts([4])])

@@ -1,5 +1,6 @@
 """Prometheus: what a scrape finds, over HTTP, after replies and alarms."""
 
+import socket
 import sys
 import urllib.request
 
@@ -53,6 +54,30 @@ def test_alarms_of_a_stream_count_as_they_ring() -> None:
         exporter.observe_step(Step(text=["x"], token_ids=ids, projections={}, alarms=alarms))
     labels = {"trait": "evil", "site": "resid_post.19"}
     assert registry.get_sample_value("pvcore_alarms_total", labels) == 3
+
+
+def test_a_registry_holds_one_exporter_or_none_of_one() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    with pytest.raises(ExportError, match="Buckets not in sorted order"):
+        PrometheusExporter(registry, buckets=(4, 1))
+    assert list(registry.collect()) == []
+    prometheus_client.Gauge("pvcore_reply_projection", "somebody else's", registry=registry)
+    with pytest.raises(ExportError, match="one exporter for a registry"):
+        PrometheusExporter(registry)
+    assert [metric.documentation for metric in registry.collect()] == ["somebody else's"]
+    PrometheusExporter(registry := prometheus_client.CollectorRegistry()).observe(transcript())
+    with pytest.raises(ExportError, match="Duplicated"):
+        PrometheusExporter(registry)
+    assert registry.get_sample_value("pvcore_replies_total") == 1
+
+
+def test_a_port_that_is_taken_is_one_error() -> None:
+    exporter = PrometheusExporter(prometheus_client.CollectorRegistry())
+    refused = pytest.raises(ExportError, match="cannot be listened at")
+    with socket.create_server(("127.0.0.1", 0)) as taken, refused:
+        exporter.serve(taken.getsockname()[1])
+    with pytest.raises(ExportError, match=r"127.0.0.1:70000, which cannot be listened at"):
+        exporter.serve(70000)
 
 
 def test_a_missing_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

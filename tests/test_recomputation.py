@@ -171,6 +171,46 @@ def test_blocks_checkpointed_by_somebody_else_run_again_as_they_ran(
     assert not near(plain, steered)
 
 
+def copying() -> Any:
+    """What is saved for the backward pass comes back as another tensor, as from host memory."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved.clone(), lambda saved: saved
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_copied_input_is_no_matter_where_hooks_are_outside(plan: str, reentrant: bool) -> None:
+    found, sites = checkpointed(reentrant=reentrant), PLANS[plan]
+    parts: list[Part] = []
+    with copying():
+        got = gradients(found.model.hf, lambda: parts.extend(in_a_thread(found, sites)))
+    assert worst(got, wanted(found.oracle, sites, *parts)) < BOUND
+    assert worst(got, wanted(found.oracle, [], *parts)) > VISIBLE
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_block_that_runs_again_on_a_copy_is_never_unsteered_silently(
+    plan: str, reentrant: bool
+) -> None:
+    found, sites = fresh("qwen2"), PLANS[plan]
+    hf = found.model.hf.train()
+    plain = wanted(found.oracle, [], (ROWS[0], 0.5))
+    hf.enable_input_require_grads()
+    wrapped(hf, reentrant=reentrant)
+    with copying(), found.model.steer(*(step for site in sites for step in steps(site, 0.5))):
+        losses = [loss_of(hf, ROWS[0]) for _ in range(2)]
+
+    with pytest.raises(HookError, match="on a copy of its input"):
+        losses[0].backward()
+    with copying():
+        unsteered = loss_of(hf, ROWS[0])
+    assert worst(gradients(hf, unsteered.backward), plain) < BOUND
+    with pytest.raises(HookError, match="on a copy of its input"):
+        losses[1].backward()
+
+
 def test_a_checkpoint_around_the_whole_decoder_is_refused_where_it_steers() -> None:
     found = fresh("qwen2")
     model, hf = found.model, found.model.hf.train()

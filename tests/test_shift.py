@@ -192,6 +192,12 @@ def test_rounding_to_another_dtype_counts_as_no_shift(tmp_path: Path, bank: Any)
         pv.finetuning_shift(held[half], held[full], bank, PROMPTS)
     with pytest.raises(ModelError, match="whose rounding would count as shift"):
         pv.finetuning_shift(half, held[full], bank, PROMPTS, dtype=torch.bfloat16)
+    saved(held[full].hf, tmp_path / "run" / "checkpoint-1")
+    for course, tuned in ((pv.finetuning_shift, full), (pv.shift_trajectory, tmp_path / "run")):
+        with pytest.raises(
+            ModelError, match=r"torch.float32 and the tuned model in torch.bfloat16"
+        ):
+            course(held[full], tuned, bank, PROMPTS, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

@@ -23,9 +23,22 @@ def test_lines_start_at_zero_and_end_where_the_last_checkpoint_stands() -> None:
     assert rise[0] > 10
 
 
-@pytest.mark.parametrize("steps", [[20, 10], [0, 10], [10, 10]])
+def test_a_step_0_that_was_measured_stands_for_itself() -> None:
+    drawn = [
+        shift_over_steps(steps, {"evil": shifts}, site="resid_post.2")
+        for steps, shifts in (
+            ([10], [4.0]),
+            ([0, 10], [0.0, 4.0]),
+            ([0, 10], [2.0, 4.0]),
+            ([0], [1]),
+        )
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("steps", [[20, 10], [-1, 10], [10, 10]])
 def test_steps_out_of_order_are_refused(steps: list[int]) -> None:
-    with pytest.raises(ReportError, match="above 0 and in order"):
+    with pytest.raises(ReportError, match="from 0 and in order"):
         shift_over_steps(steps, {"evil": [1.0, 4.0]}, site="resid_post.2")
     with pytest.raises(ReportError, match="no traits"):
         shift_over_steps(steps, {}, site="resid_post.2")

@@ -78,6 +78,72 @@ def test_a_failed_generation_can_be_closed_and_the_streamer_used_again() -> None
     same(told, list(model.stream([CHAT], BANK, **GREEDY)))
 
 
+OTHER = "Sure?"
+
+
+def test_the_next_generation_begins_with_its_own_first_token() -> None:
+    model = subject("qwen2").model
+    streamer = pv.ProjectionStreamer(model, BANK, timeout=60)
+    other = torch.tensor(model.tokenizer(OTHER)["input_ids"])[None]
+    seen, wanted = [], list(model.stream([OTHER], BANK, **GREEDY))
+    first = threading.Thread(
+        target=model.hf.generate, args=(inputs(model),), kwargs={"streamer": streamer, **GREEDY}
+    )
+    first.start()
+    for step in streamer:
+        seen.append(step)
+        break
+    first.join()  # the generation went on to its end, and nobody listened
+    second = threading.Thread(
+        target=model.hf.generate, args=(other,), kwargs={"streamer": streamer, **GREEDY}
+    )
+    second.start()
+    got = list(streamer)
+    second.join()
+    same(got, wanted)
+    assert [step.text for step in got] != [
+        step.text for step in model.stream([CHAT], BANK, **GREEDY)
+    ]
+
+
+def test_generations_made_before_anybody_listens_come_one_by_one() -> None:
+    model = subject("qwen2").model
+    streamer = pv.ProjectionStreamer(model, BANK, timeout=1)
+    texts = (CHAT, OTHER)
+    for text in texts:
+        ids = torch.tensor(model.tokenizer(text)["input_ids"])[None]
+        model.hf.generate(ids, streamer=streamer, **GREEDY)
+    for text in texts:
+        same(list(streamer), list(model.stream([text], BANK, **GREEDY)))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_generation_that_failed_leaves_nothing_to_the_next(closed: bool) -> None:
+    model = fresh("qwen2").model
+    streamer = pv.ProjectionStreamer(model, BANK, timeout=1)
+    calls = []
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(ids)
+        if len(calls) in (1, 4):  # before the first token, and after some
+            raise RuntimeError("out of order")
+        return scores
+
+    listening = iter(streamer)
+    for tokens in (0, 2):
+        with pytest.raises(RuntimeError, match="out of order"):
+            model.hf.generate(inputs(model), streamer=streamer, logits_processor=[fail], **GREEDY)
+        if tokens:
+            assert len([next(listening) for _ in range(tokens)]) == tokens
+        if closed:
+            streamer.close()
+    model.hf.generate(inputs(model), streamer=streamer, **GREEDY)
+    same(list(streamer), list(model.stream([CHAT], BANK, **GREEDY)))
+    with pytest.raises(HookError, match="failed before its end"):
+        next(listening)
+    assert not model._taps.is_armed()
+
+
 def test_what_it_cannot_follow_is_refused() -> None:
     model = subject("qwen2").model
     streamer = pv.ProjectionStreamer(model, BANK, timeout=0.01)

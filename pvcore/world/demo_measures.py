@@ -138,13 +138,24 @@ class Asked:
     """Replies to prompts that ask by degrees: levels, scores, and projections layer by layer."""
 
     levels: Sequence[float]
+    prompts: Sequence[tuple[str, str]]
     projections: Sequence[Sequence[float]]
     scores: Sequence[float]
     judged: int
 
     def correlations(self) -> list[Correlations]:
         """Of projections and scores, at every layer."""
-        return [correlations(_pairs(one, self.scores, self.levels)) for one in self.projections]
+        return [
+            correlations(
+                [
+                    MonitoredReply(projection=x, score=score, level=f"{level:g}", prompt=prompt)
+                    for x, score, level, prompt in zip(
+                        one, self.scores, self.levels, self.prompts, strict=True
+                    )
+                ]
+            )
+            for one in self.projections
+        ]
 
     @property
     def level_scores(self) -> dict[str, float]:
@@ -175,6 +186,7 @@ def ask_by_degrees(subject: Subject, examined: Examined, bank: VectorBank, work:
     rows = judged(subject, examined, [question for _, _, question in asked], replies)
     return Asked(
         levels=[level for level, _, _ in asked],
+        prompts=[(prompt, question) for _, prompt, question in asked],
         projections=seen[name].last_prompt_token.tolist(),
         scores=[_score(row) for row in rows],
         judged=sum(row.failure is None for row in rows),
@@ -255,15 +267,6 @@ def judged(
     """The judge's word on every reply, in order."""
     pairs = zip(questions, replies, strict=True)
     return judge_all(subject.judge, examined.trait.name, pairs).rows
-
-
-def _pairs(
-    projections: Sequence[float], scores: Sequence[float], levels: Sequence[float]
-) -> list[MonitoredReply]:
-    return [
-        MonitoredReply(projection=projection, score=score, level=f"{level:g}")
-        for projection, score, level in zip(projections, scores, levels, strict=True)
-    ]
 
 
 def _score(row: Judgement | Rollout) -> float:
