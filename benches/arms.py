@@ -162,15 +162,25 @@ class Task:
         plain, model, bank = self.plain, self.model, self.bank
         add = pv.Add(self.vectors[0], coeff=self.coeff, layers=[self.layer])
         both = pv.Plan(add, monitor=bank)
+        hooked = self.hooked(steers=False, watches=True)
         return {
             "plain": lambda **extra: self.unhooked(plain, extra),
             "again": lambda **extra: self.unhooked(plain, extra),
             "idle": lambda **extra: self.unhooked(model.hf, extra),
             "unarmed": lambda **extra: self.armed(None, extra),
             "monitor": lambda **extra: self.armed(model.monitor(bank), extra),
+            "read": lambda **extra: _read(self.armed(model.monitor(bank), extra)),
             "steer": lambda **extra: self.armed(model.steer(add), extra),
             "both": lambda **extra: self.armed(model.arm(both), extra),
-            "hook monitor": self.hooked(steers=False, watches=True),
+            "hook monitor": hooked,
+            "hook read": lambda **extra: _read(hooked(**extra)),
             "hook steer": self.hooked(steers=True, watches=False),
             "hook both": self.hooked(steers=True, watches=True),
         }
+
+
+def _read(reply: Reply) -> Reply:
+    """The reply with its scores made, as whoever looks at them has them made."""
+    assert reply.scores is not None
+    scores = reply.scores()
+    return Reply(tokens=reply.tokens, scores=lambda: scores)

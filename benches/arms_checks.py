@@ -13,6 +13,8 @@ from benches.bare_hooks import newest_rows, steering
 from benches.record import Check
 
 ERROR_BOUND = 1e-5
+ERROR = "error of a projection, as a share of the largest of its layer"
+WATCHING = ("monitor", "read", "hook monitor", "hook read")
 # Below this share of a row's norm, a projection would be too small to tell right from wrong.
 TELLING = 1e-3
 
@@ -41,7 +43,7 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
     taped = {name: _taped(run) for name, run in arms.items()}
     replies = {name: reply for name, (reply, _) in taped.items()}
     checks: dict[str, Check] = {}
-    for name in ("again", "idle", "unarmed", "monitor", "hook monitor"):
+    for name in ("again", "idle", "unarmed", *WATCHING):
         unlike = differing(replies[name].tokens, replies["plain"].tokens)
         unlike += differing(taped[name][1], taped["plain"][1])
         checks[f"{name}: tokens and logits unlike plain's"] = Check(worst=unlike, bound=0)
@@ -50,15 +52,13 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
         checks[f"{name}: tokens unlike a bare hook's"] = Check(worst=unlike, bound=0)
     same = (replies["steer"].tokens == replies["plain"].tokens).all(1)
     checks["steer: replies it left as they were"] = Check(worst=int(same.sum()), bound=0)
-    for steered, names in ((False, ("monitor", "hook monitor")), (True, ("both", "hook both"))):
+    for steered, names in ((False, WATCHING), (True, ("both", "hook both"))):
         rows = _rows(task, steered=steered)
         exact = torch.einsum("slbd,lvd->slbv", rows, task.bank.units.double())
         norms = rows.norm(dim=-1, keepdim=True)
         for name in names:
-            error = _error(replies[name], exact, norms)
-            checks[f"{name}: error of a projection, as a share of its row"] = Check(
-                worst=error, bound=ERROR_BOUND
-            )
+            error = _error(replies[name], exact)
+            checks[f"{name}: {ERROR}"] = Check(worst=error, bound=ERROR_BOUND)
         small = ((exact.abs() / norms).amax(-1) < TELLING).sum()
         what = "both" if steered else "monitor"
         checks[f"{what}: rows whose projections are too small to tell"] = Check(
@@ -68,10 +68,9 @@ def check(task: Task, arms: Mapping[str, Run]) -> dict[str, Check]:
 
 
 def projection_error(task: Task, reply: Reply, *, steered: bool) -> float:
-    """The worst error of a reply's projections, as a share of its row's norm."""
+    """The worst error of a reply's projections, as a share of the largest of its layer."""
     rows = _rows(task, steered=steered)
-    exact = torch.einsum("slbd,lvd->slbv", rows, task.bank.units.double())
-    return _error(reply, exact, rows.norm(dim=-1, keepdim=True))
+    return _error(reply, torch.einsum("slbd,lvd->slbv", rows, task.bank.units.double()))
 
 
 def _rows(task: Task, *, steered: bool) -> Float[Tensor, "step layer chat d_model"]:
@@ -92,10 +91,17 @@ def differing(got: Tensor, wanted: Tensor) -> int:
     return int((got != wanted).sum())
 
 
-def _error(reply: Reply, exact: Tensor, norms: Tensor) -> float:
-    """The worst error as a share of its row's norm; 1 where there is nothing to compare."""
+def _error(reply: Reply, exact: Float[Tensor, "step layer chat n_vec"]) -> float:
     got: Any = None if reply.scores is None else reply.scores()
+    return worst_share(got, exact)
+
+
+def worst_share(got: Tensor | None, exact: Float[Tensor, "step layer chat n_vec"]) -> float:
+    """The worst error as a share of its layer's largest projection; 1 where there is nothing to
+    compare.
+    """
     if got is None or got.shape != exact.shape:
         return 1.0
-    error = (got.double() - exact).abs() / norms
+    largest = exact.abs().amax(dim=(0, 2, 3), keepdim=True)
+    error = (got.double() - exact).abs() / largest
     return float(error.nan_to_num(nan=1.0, posinf=1.0).max())

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,19 +21,23 @@ def watching(
 ) -> Iterator[list[Tensor]]:
     """Scores `[batch, pos, n_vec]` of every block's output, in the order they are made."""
     scores: list[Tensor] = []
-    turned = units.mT.contiguous()
-
-    def watch(layer: int) -> Any:
-        return lambda _module, _args, output: scores.append(
-            residual(output).to(turned.dtype) @ turned[layer]
-        )
-
-    handles = [block.register_forward_hook(watch(layer)) for layer, block in enumerate(blocks)]
+    hooks = [
+        _watch(scores, turned, next(block.parameters()).dtype)
+        for block, turned in zip(blocks, units.mT.contiguous(), strict=True)
+    ]
+    handles = [block.register_forward_hook(hook) for block, hook in zip(blocks, hooks, strict=True)]
     try:
         yield scores
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch(scores: list[Tensor], turned: Float[Tensor, "d_model n_vec"], dtype: torch.dtype) -> Any:
+    """As lean as a hook gets: what is looked up or converted costs as much as the product."""
+    if dtype == turned.dtype:
+        return lambda _module, _args, output: scores.append(residual(output) @ turned)
+    return lambda _module, _args, output: scores.append(residual(output).float() @ turned)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 import pvcore as pv
 from benches.arms import Reply, Run, Task
-from pvcore.graph import Mode
+from pvcore.graph import Mode, step_of
 
 Name = Literal["eager", "compiled", "graph"]
 # The engine's shortest cache, and where its lengths stop to be powers of two.
@@ -51,14 +51,16 @@ def plain_run(task: Task, hf: Any, engine: Engine) -> Run:
 
 
 def compiled_run(task: Task, hf: Any, graph: pv.Graph) -> Run:
-    """transformers' own compiled generation on a static cache of the length the engine takes."""
-    from transformers import CompileConfig, StaticCache
+    """transformers' own compiled generation on a static cache of the length the engine takes.
+
+    transformers itself takes a cache as long as prompt and reply. Attention reads a cache whole,
+    so that its length is part of what a step costs.
+    """
+    from transformers import StaticCache
 
     columns = task.given["input_ids"].shape[1] + task.new_tokens
     cache = StaticCache(config=hf.config, max_cache_len=cache_length(columns))
-    how = CompileConfig(backend=graph.backend, fullgraph=True, mode=_mode(graph))
-    # transformers compiles on accelerators only, unless told so.
-    how._compile_all_devices = True
+    how = _compiled_alone(hf, graph)
 
     def run(**extra: Any) -> Reply:
         cache.reset()
@@ -66,6 +68,37 @@ def compiled_run(task: Task, hf: Any, graph: pv.Graph) -> Run:
         return Reply(tokens=task.plainly(hf, {**given, **extra}))
 
     return run
+
+
+def own_cache_run(task: Task, hf: Any, graph: pv.Graph) -> Run:
+    """The same on the cache that transformers makes by itself."""
+    given = {"cache_implementation": "static", "compile_config": _compiled_alone(hf, graph)}
+    return lambda **extra: Reply(tokens=task.plainly(hf, {**given, **extra}))
+
+
+def _compiled_alone(hf: Any, graph: pv.Graph) -> Any:
+    """Have a model's decode step compiled under a code object of its own; the settings for it.
+
+    Models of one class share their compiled steps otherwise, and those of a model without hooks
+    serve one with hooks: what is in a hook would never be measured.
+    """
+    from transformers import CompileConfig
+
+    how = CompileConfig(backend=graph.backend, fullgraph=True, mode=_mode(graph))
+    # transformers compiles on accelerators only, unless told so.
+    how._compile_all_devices = True
+    step = torch.compile(step_of(hf), **how.to_dict())
+    hf.get_compiled_call = lambda _config: step
+    return how
+
+
+def graphs_of(run: Run, **extra: Any) -> tuple[Reply, int]:
+    """A reply, and how many graphs were compiled for it."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    reply = run(**extra)
+    return reply, counters["stats"]["unique_graphs"] - before
 
 
 def _mode(graph: pv.Graph) -> str | None:

@@ -12,7 +12,7 @@ import torch
 
 import pvcore as pv
 from benches import lockstep, record, rounds
-from benches.arms import Task
+from benches.arms import Run, Task
 from benches.engines import Engine, Name
 from benches.grid_arms import AGAIN, IDLE, PLAIN, Way, runs_of, ways
 from benches.grid_checks import References, check
@@ -164,24 +164,41 @@ def _measured(
     """The checks of one group and, unless one of them failed, its figures."""
     task = references.task
     runs = runs_of(task, group.engine, group.rows)
-    checks, checked = check(references, runs, group.rows, late)
+    wanted = 0 if group.engine.graph is None else 1
+    checks, checked = check(references, runs, group.rows, late, graphs=wanted)
     cells = _missing(group, {row: LATE for row in runs if row not in checked and row != PLAIN})
     runs = {row: run for row, run in runs.items() if row in checked}
     if not runs or not all(one.passed for one in checks.values()):
         failed = dict.fromkeys((row for row in runs if row != PLAIN), Cell(status="failed"))
         labels = ((group.label(row, one), cell) for row, cell in failed.items() for one in COLUMNS)
         return checks, cells | dict(labels)
-    on_gpu = task.model.device.type == "cuda"
+    for together in _companies(group, runs):
+        cells |= _timed(group, together, settings, on_gpu=task.model.device.type == "cuda")
+    _free()
+    return checks, cells
+
+
+def _companies(group: Group, runs: Mapping[str, Run]) -> list[dict[str, Run]]:
+    """The runs that are timed together. A compiled step with idle taps is compiled anew as soon as
+    anything is armed in the process, so that it is timed apart.
+    """
+    quiet = {row: runs[row] for row in (PLAIN, AGAIN, IDLE) if row in runs}
+    if group.engine.graph is None or len(quiet) < 2:
+        return [dict(runs)]
+    rest = {row: run for row, run in runs.items() if row not in (AGAIN, IDLE)}
+    return [quiet, rest] if len(rest) > 1 else [quiet]
+
+
+def _timed(
+    group: Group, runs: Mapping[str, Run], settings: Settings, *, on_gpu: bool
+) -> dict[str, Cell]:
     count, what = settings.generations.get(group.batch, 8), f"{group.engine}, batch {group.batch}"
     if on_gpu:
         laps = lockstep.alternate(runs, generations=count, finish=torch.cuda.synchronize, what=what)
     else:
         laps = lockstep.phases(runs, generations=count, new_tokens=settings.new_tokens, what=what)
-    cells |= _cells(group, {PREFILL: laps.prompts, DECODE: laps.decoding}, on_gpu)
-    if on_gpu:
-        cells |= _absolute(group, laps, settings.new_tokens - 1)
-    _free()
-    return checks, cells
+    cells = _cells(group, {PREFILL: laps.prompts, DECODE: laps.decoding}, on_gpu)
+    return cells | (_absolute(group, laps, settings.new_tokens - 1) if on_gpu else {})
 
 
 def _cells(

@@ -11,12 +11,14 @@ from torch import Tensor
 
 import pvcore as pv
 from benches.arms import Reply, Run, Task, by_step
-from benches.arms_checks import differing
+from benches.arms_checks import differing, worst_share
 from benches.bare_hooks import residual, steering
+from benches.engines import graphs_of
 from benches.grid_arms import Way, bank_of, compared
 from benches.record import Check
 
-# As a share of the row's norm, where rows are the same to a rounding of float32.
+# As a share of the largest projection of its layer, where rows are the same to a rounding of
+# float32.
 SCORES = 1e-5
 # In bfloat16 engines round at different places: relative norms of whole tables, of order one where
 # something is wrong.
@@ -109,9 +111,11 @@ def check(
     runs: Mapping[str, Run],
     rows: Mapping[str, Way],
     late: Callable[[], bool] = lambda: False,
+    *,
+    graphs: int = 0,
 ) -> tuple[dict[str, Check], set[str]]:
     """Every row against raw hooks, until it is late: of each comparison the row that does worst,
-    and the rows that were checked.
+    and the rows that were checked. `graphs` is how many its first generation should compile.
     """
     found: dict[str, dict[str, Check]] = {}
     checked: set[str] = set()
@@ -120,7 +124,9 @@ def check(
             break
         checked.add(name)
         tape = Tape(references.forced)
-        reply = run(logits_processor=_listed(tape))
+        reply, made = graphs_of(run, logits_processor=_listed(tape))
+        unlike = Check(worst=abs(made - graphs), bound=0)
+        found.setdefault(f"graphs more or less than {graphs}", {})[name] = unlike
         for what, one in faults(references, rows.get(name, Way()), reply, tape).items():
             found.setdefault(what, {})[name] = one
     worst = {
@@ -174,12 +180,7 @@ def _share(
     rows: Float[Tensor, "step layer chat d_model"],
     units: Float[Tensor, "layer n_vec d_model"],
 ) -> float:
-    """The worst error as a share of its row's norm; 1 where there is nothing to compare."""
-    exact = torch.einsum("slbd,lvd->slbv", rows, units)
-    if got is None or got.shape != exact.shape:
-        return 1.0
-    error = (got.double() - exact).abs() / rows.norm(dim=-1, keepdim=True)
-    return float(error.nan_to_num(nan=1.0, posinf=1.0).max())
+    return worst_share(got, torch.einsum("slbd,lvd->slbv", rows, units))
 
 
 def _relative_scores(got: Tensor | None, rows: Tensor, units: Tensor) -> float:

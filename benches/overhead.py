@@ -1,6 +1,6 @@
 """Overhead: what watching and steering cost while a model generates, beside plain transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,15 +22,20 @@ ROWS = {
     "idle": "taps on, `hf.generate`",
     "unarmed": "`model.generate_ids`, nothing armed",
     "monitor": "monitor {vectors} vectors at {layers} layers",
+    "read": "the same, all scores read",
     "steer": "steer one layer",
     "both": "monitor and steer",
     "hook monitor": "bare hooks, same monitoring",
+    "hook read": "bare hooks, same monitoring, all scores read",
     "hook steer": "bare hook, same steering",
     "hook both": "bare hooks, both",
 }
+# Told beside each other from the same laps: pvcore's way and the bare hooks'.
+PAIRS = {name: f"hook {name}" for name in ("monitor", "read", "steer", "both")}
 STEP, WHOLE, WALL = "decoding", "whole generation", "wall clock"
 # Wanted of decode at batch 1. Larger batches only dilute what a call costs.
 TARGETS = {"idle": 1.01, "steer": 1.02, "monitor": 1.03}
+PAIR_TARGETS = {"monitor": 1.0}
 
 
 # So small that whatever a call costs beside the model itself shows.
@@ -111,9 +116,15 @@ def _task(settings: Settings, plain: Any, model: pv.HookedModel, batch: int) -> 
     )
 
 
-def _labels(batch: int, task: Task, column: str) -> dict[str, str]:
+def _labels(batch: int, task: Task, column: str) -> dict[tuple[str, str], str]:
+    """The label of each figure, by the way that is timed and the one it is held beside."""
     counts = {"vectors": len(task.vectors), "layers": task.model.n_layers}
-    return {name: f"batch {batch}/{row.format(**counts)}/{column}" for name, row in ROWS.items()}
+    rows = {name: row.format(**counts) for name, row in ROWS.items()}
+    found = {(name, PLAIN): f"batch {batch}/{row}/{column}" for name, row in rows.items()}
+    group = f"beside bare hooks, batch {batch}"
+    return found | {
+        (name, below): f"{group}/{rows[name]}/{column}" for name, below in PAIRS.items()
+    }
 
 
 def _refused(batch: int, task: Task, reason: str) -> dict[str, Cell]:
@@ -128,14 +139,7 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
     finish = torch.cuda.synchronize if on_gpu else lambda: None
     arms = task.arms()
     busy: rounds.Clock = "wall" if on_gpu else "cpu"
-    steps = lockstep.take_turns(
-        arms,
-        generations=settings.generations,
-        new_tokens=settings.new_tokens,
-        seed=settings.seed,
-        finish=finish,
-        what=f"batch {batch}, steps",
-    )
+    steps = _steps(batch, arms, settings, on_gpu=on_gpu)
     wholes = rounds.interleave(
         {name: partial(_whole, arm) for name, arm in arms.items()},
         rounds=settings.rounds,
@@ -143,17 +147,37 @@ def _timed(batch: int, task: Task, settings: Settings) -> dict[str, Cell]:
         finish=finish,
         what=f"batch {batch}, generations",
     )
-    targets = TARGETS if batch == 1 else {}
+    targets = {PLAIN: TARGETS, **dict.fromkeys(PAIRS.values(), PAIR_TARGETS)}
     columns: dict[str, tuple[dict[str, list[rounds.Lap]], rounds.Clock]] = {
         STEP: (steps, busy),
         WHOLE: (wholes, busy),
         WALL: (wholes, "wall"),
     }
     return {
-        label: rounds.paired(laps[name], laps[PLAIN], clock=clock, target=targets.get(name))
+        label: rounds.paired(
+            laps[name],
+            laps[below],
+            clock=clock,
+            target=targets[below].get(name) if batch == 1 else None,
+        )
         for column, (laps, clock) in columns.items()
-        for name, label in _labels(batch, task, column).items()
+        for (name, below), label in _labels(batch, task, column).items()
     }
+
+
+def _steps(
+    batch: int, arms: Mapping[str, Callable[..., object]], settings: Settings, *, on_gpu: bool
+) -> dict[str, list[rounds.Lap]]:
+    """What follows the first token: in turns by tokens, and by generations on a GPU."""
+    count, seed, what = settings.generations, settings.seed, f"batch {batch}, steps"
+    if on_gpu:
+        wait = torch.cuda.synchronize
+        return lockstep.alternate(
+            arms, generations=count, seed=seed, finish=wait, what=what
+        ).decoding
+    return lockstep.take_turns(
+        arms, generations=count, new_tokens=settings.new_tokens, seed=seed, what=what
+    )
 
 
 def _whole(arm: Callable[..., object]) -> None:

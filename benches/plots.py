@@ -71,11 +71,11 @@ def overhead(found: Record) -> str:
 
 
 def _decoding(found: Record) -> dict[str, dict[str, Cell]]:
-    """Measured decode figures by batch and way."""
+    """Measured decode figures beside plain generation, by batch and way."""
     by_batch: dict[str, dict[str, Cell]] = {}
     for label, cell in found.cells.items():
         batch, row, column = label.split("/")
-        if column == "decoding" and cell.status == "measured":
+        if column == "decoding" and batch.startswith("batch ") and cell.status == "measured":
             by_batch.setdefault(batch, {})[row] = cell
     if not by_batch:
         raise Absent(_reason(found))

@@ -220,8 +220,7 @@ def memory(settings: Settings) -> Cell:
         _peak(settings, settings.many) / _peak(settings, settings.few)
         for _ in range(settings.processes)
     ]
-    p20, p50, p80 = rounds.spread(ratios)
-    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios), target=1.05)
+    return rounds.measured(ratios, target=1.05)
 
 
 def _peak(settings: Settings, conversations: int) -> int:

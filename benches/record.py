@@ -26,6 +26,10 @@ RESULTS = ROOT / "benches" / "results"
 PACKAGES = ("torch", "transformers", "nnsight", "transformer-lens", "triton")
 
 
+# Keys that a cell is written without where there is nothing to say.
+_MAY_LACK = ("low", "high")
+
+
 class RecordError(PvcoreError):
     """A record that cannot be trusted, read or written."""
 
@@ -35,7 +39,8 @@ class Cell:
     """One figure: the median of `n` paired ratios with p20 and p80, or why there is none.
 
     Absolute times come from a GPU alone, where the clock is the device's own; bytes are counted
-    anywhere. `target` is the figure wanted at most; it decides nothing.
+    anywhere. `target` is the figure wanted at most; it decides nothing. `low` to `high` holds the
+    median with a confidence of 95%, where there are rounds enough to say so.
     """
 
     status: Status
@@ -46,13 +51,16 @@ class Cell:
     unit: Unit = "ratio"
     target: float | None = None
     reason: str = ""
+    low: float | None = None
+    high: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status) or self.unit not in get_args(Unit):
             raise RecordError(f"got a cell of status {self.status!r} and unit {self.unit!r}")
         figures = (self.p20, self.p50, self.p80)
+        sure = (self.low, self.high)
         if self.status != "measured":
-            if self.n or any(figure is not None for figure in figures):
+            if self.n or any(figure is not None for figure in (*figures, *sure)):
                 raise RecordError(f"got figures in a cell that is {self.status}; wanted none")
             return
         known = [float(f) for f in figures if isinstance(f, int | float) and isfinite(f)]
@@ -61,6 +69,12 @@ class Cell:
                 f"got a measured cell of p20, p50, p80 = {figures} from {self.n} rounds; wanted "
                 "three rising ratios above 0 from at least one round"
             )
+        if sure != (None, None) and not _around(*sure, known[1]):
+            raise RecordError(f"got an interval of {sure} for a median of {self.p50}")
+
+
+def _around(low: object, high: object, median: float) -> bool:
+    return isinstance(low, int | float) and isinstance(high, int | float) and low <= median <= high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +118,12 @@ class Record:
 
 def text_of(record: Record) -> str:
     """The record as JSON, as it stands in its file."""
-    return json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    document = asdict(record)
+    for cell in document["cells"].values():
+        for key in _MAY_LACK:
+            if cell[key] is None:
+                del cell[key]
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def hand_over(made: Record, out: Path | None) -> bool:
@@ -173,7 +192,7 @@ def parsed(document: dict[str, Any], where: str) -> Record:
 def _require_keys(entry: Any, kind: type[Record | Check | Cell], where: str) -> None:
     wanted = {one.name for one in fields(kind)}
     got = set(entry) if isinstance(entry, dict) else set()
-    if got != wanted:
+    if not wanted - set(_MAY_LACK) <= got <= wanted:
         raise RecordError(
             f"got {where} with keys {sorted(got)}; wanted {sorted(wanted)}: measure it again"
         )

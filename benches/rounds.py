@@ -6,9 +6,10 @@ ratio says more than the ratio of two medians.
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import comb
 from statistics import quantiles
 from time import perf_counter, process_time
 from typing import Literal
@@ -21,6 +22,7 @@ from benches.record import Cell
 # Returns the seconds of its own median step, or None if it has no steps.
 Job = Callable[[], float | None]
 Clock = Literal["wall", "cpu", "step"]
+SURE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +91,39 @@ def paired(
     above: list[Lap], below: list[Lap], *, clock: Clock, target: float | None = None
 ) -> Cell:
     """The ratio of two jobs, round by round."""
-    ratios = sorted(
-        getattr(a, clock) / getattr(b, clock) for a, b in zip(above, below, strict=True)
+    ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(above, below, strict=True)]
+    return measured(ratios, target=target)
+
+
+def measured(ratios: Sequence[float], *, target: float | None = None) -> Cell:
+    """The cell of some ratios: their median, how they spread, and where their median may lie."""
+    p20, p50, p80 = spread(list(ratios))
+    low, high = interval(ratios)
+    return Cell(
+        status="measured",
+        p20=p20,
+        p50=p50,
+        p80=p80,
+        n=len(ratios),
+        target=target,
+        low=low,
+        high=high,
     )
-    p20, p50, p80 = spread(ratios)
-    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios), target=target)
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """What holds the median with a confidence of at least 95%, to four decimals; none for fewer
+    than six values.
+
+    How many of n values lie below the true median is binomial, whatever their distribution: so two
+    of the values themselves are bounds (Thompson 1936).
+    """
+    ordered, outside, rank = sorted(values), 0.0, 0
+    while (outside := outside + comb(len(ordered), rank) / 2 ** len(ordered)) <= (1 - SURE) / 2:
+        rank += 1
+    if rank == 0:
+        return None, None
+    return round(ordered[rank - 1], 4), round(ordered[-rank], 4)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import pvcore as pv
 from benches import lockstep, record, rounds
@@ -13,6 +15,7 @@ from benches.loading import called
 from benches.peers.subject import SMALL, Reply, Size, Subject
 from benches.random_models import Shape
 from benches.record import Cell, Check, Record
+from pvcore.blocks import find_decoder
 from pvcore.numerals import number
 
 NAME = "scaling"
@@ -23,7 +26,7 @@ UNITS: Mapping[Axis, str] = {
     "layers": "layers watched",
     "batch": "rows watched",
     "context": "tokens of context while watching",
-    "configurations": "distinct coefficients in a batch of 16",
+    "configurations": "distinct vectors in a batch of 16, each steering rows of its own",
 }
 COLUMN = "decoding"
 SCORES_MAY_DIFFER = 1e-3
@@ -66,11 +69,19 @@ class Point:
 
     subject: Subject
     plan: pv.Plan
-    layers: int
-    steered: bool
+    layers: int = 0
+    # What is added to each row of the batch, where something is.
+    delta: Float[Tensor, "row 1 d_model"] | None = None
 
     def reference(self) -> Reply:
-        return self.subject.reference("rows" if self.steered else "watch")
+        if self.delta is None:
+            return self.subject.reference("watch")
+        delta, block = self.delta, find_decoder(self.subject.plain).blocks[self.subject.layer]
+        handle = block.register_forward_hook(lambda _module, _args, output: output + delta)
+        try:
+            return Reply(tokens=self.subject.generate(self.subject.plain))
+        finally:
+            handle.remove()
 
 
 def measure(settings: Settings, *, command: str) -> Record:
@@ -111,7 +122,7 @@ def measure(settings: Settings, *, command: str) -> Record:
 def point_of(axis: Axis, value: int, settings: Settings) -> Point:
     """The job at one place: everything at its usual value but one."""
     size = Size(shape=settings.shape, model=settings.model, new_tokens=settings.new_tokens)
-    layers, configurations = 0, 0
+    layers = 0
     if axis == "vectors":
         size = replace(size, vectors=value)
     elif axis == "layers":
@@ -121,16 +132,24 @@ def point_of(axis: Axis, value: int, settings: Settings) -> Point:
     elif axis == "context":
         size = replace(size, prompt_tokens=value)
     else:
-        size, configurations = replace(size, batch=16, configurations=value), value
+        return _configured(Subject(replace(size, batch=16, vectors=value)))
     subject = Subject(size)
-    if not configurations:
-        layers = layers or subject.n_layers
-        bank = pv.VectorBank(subject.vectors, layers=range(layers))
-        return Point(subject=subject, plan=pv.Plan(monitor=bank), layers=layers, steered=False)
-    add = pv.Add(
-        subject.vectors[0], coeff=subject.coeffs.tolist(), layers=[subject.layer], span="all"
-    )
-    return Point(subject=subject, plan=pv.Plan(add), layers=0, steered=True)
+    layers = layers or subject.n_layers
+    bank = pv.VectorBank(subject.vectors, layers=range(layers))
+    return Point(subject=subject, plan=pv.Plan(monitor=bank), layers=layers)
+
+
+def _configured(subject: Subject) -> Point:
+    """Every vector steers rows of its own; a single one steers all, by one number."""
+    site, several = pv.resid_post(subject.layer), len(subject.vectors) > 1
+    owner = torch.arange(subject.size.batch) % len(subject.vectors)
+    adds = []
+    for place, vector in enumerate(subject.vectors):
+        own = (subject.coeff * (owner == place)).tolist()
+        coeff = own if several else subject.coeff
+        adds.append(pv.Add(vector, coeff=coeff, layers=[subject.layer], span="all"))
+    raw = torch.stack([vector.direction(site) for vector in subject.vectors])
+    return Point(subject=subject, plan=pv.Plan(*adds), delta=subject.coeff * raw[owner][:, None])
 
 
 def error_of(point: Point) -> float:
@@ -138,7 +157,7 @@ def error_of(point: Point) -> float:
     wanted, got = point.reference(), armed(point)()
     if not torch.equal(wanted.tokens, got.tokens):
         return 1.0
-    if point.steered:
+    if point.delta is not None:
         plain = point.subject.generate(point.subject.plain)
         return 1.0 if torch.equal(got.tokens, plain) else 0.0
     assert wanted.scores is not None
@@ -188,8 +207,7 @@ def _plain(subject: Subject) -> Callable[..., object]:
 
 
 def _cell(ratios: Sequence[float]) -> Cell:
-    p20, p50, p80 = rounds.spread(list(ratios))
-    return Cell(status="measured", p20=p20, p50=p50, p80=p80, n=len(ratios))
+    return rounds.measured(ratios)
 
 
 def slope(values: Sequence[int], ratios: Sequence[float]) -> float:

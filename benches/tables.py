@@ -72,6 +72,8 @@ def _what(record: Record) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in plain.items() if key != "ratio")
     what = str(plain.get("ratio", "ratios"))
     band = ": median (p20 to p80)" if any(cell.n > 1 for cell in record.cells.values()) else ""
+    if any(cell.low is not None for cell in record.cells.values()):
+        band = ": median [95% interval of the median] (p20 to p80)"
     return f"{what[:1].upper()}{what[1:]}{band}. {rest[:1].upper()}{rest[1:]}."
 
 
@@ -127,15 +129,20 @@ def _ratio(value: float) -> str:
 
 
 def spread(cell: Cell) -> str:
-    """The median with p20 and p80 where they differ, or the status."""
+    """The median with its interval, and with p20 and p80 where they differ, or the status."""
     if cell.status != "measured" or cell.p20 is None or cell.p80 is None:
         return figure(cell)
     if cell.p20 == cell.p80:
         return figure(cell)
-    low, high = (
-        _amount(end, cell).split(" ")[0].removesuffix(TIMES) for end in (cell.p20, cell.p80)
-    )
-    return f"{figure(cell)} ({low} to {high})"
+    sure = ""
+    if cell.low is not None and cell.high is not None:
+        sure = f" [{_bare(cell.low, cell)} to {_bare(cell.high, cell)}]"
+    return f"{figure(cell)}{sure} ({_bare(cell.p20, cell)} to {_bare(cell.p80, cell)})"
+
+
+def _bare(value: float, cell: Cell) -> str:
+    """A figure without its unit."""
+    return _amount(value, cell).split(" ")[0].removesuffix(TIMES)
 
 
 def _amount(value: float, cell: Cell) -> str:

@@ -243,6 +243,26 @@ def goes_on(frame: Frame, owner: int, given: Mapping[str, Any]) -> bool:
     )
 
 
+def columns_run(call: Call) -> int:
+    """How many columns the forwards of a declared call were seen to run, from the start on."""
+    newest = call.steady.get(_NEWEST)
+    return 0 if newest is None else newest.start + newest.width
+
+
+def columns_unseen(frame: Frame) -> int:
+    """How many columns came into a frame's cache behind its own, in forwards that were not seen.
+
+    None are counted of a declared call, which whoever declared it answers for.
+    """
+    if frame.cache is None or frame.declared:
+        return 0
+    try:
+        held = int(frame.cache.get_seq_length())
+    except ValueError:  # a recurrent state does not say
+        return 0
+    return max(held - frame.start - frame.width, 0)
+
+
 def _columns_in(cache: Any, owner: int, call: Call | None, width: int) -> int:
     """How many columns a cache holds. A recurrent state does not say, so its calls are counted."""
     try:

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pvcore.chats import Batch
-from pvcore.errors import ModelError, PlanError
-from pvcore.frames import Call, Outcome
+from pvcore.errors import HookError, ModelError, PlanError
+from pvcore.frames import Call, Outcome, columns_run
 from pvcore.graph import Graph, GraphEngine
 from pvcore.guards import Guard
 from pvcore.sessions import session_on
@@ -166,6 +166,7 @@ class Request:
             last=torch.full((chats * copies,), self.batch.ids.shape[1] - 1),
             generating=True,
         )
+        armed = self.taps.is_armed()
         guards = self._guards(watcher is not None)
         settings, ends = self._prepared(call, guards, watcher)
         with self.taps.calling(call) as outcomes:
@@ -176,6 +177,8 @@ class Request:
                 **settings,
             )
             new = output.sequences[:, self.batch.ids.shape[1] :].cpu()
+            if armed and self.graph is None and self.taps.is_armed():
+                self._require_steps(call, new.shape[1])
             beams = getattr(output, "beam_indices", None)
             lengths = ends.lengths if ends else self._lengths(new)
             rows = torch.arange(len(new))[:, None].expand(-1, new.shape[1])
@@ -186,6 +189,18 @@ class Request:
         return Generated(
             sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist(), strict=True))
         )
+
+    def _require_steps(self, call: Call, n_tokens: int) -> None:
+        """`HookError` unless the plan acted in the step of every token."""
+        wanted = self.batch.ids.shape[1] + n_tokens - 1
+        got = columns_run(call)
+        if n_tokens and got < wanted:
+            raise HookError(
+                f"got {n_tokens} tokens, {wanted - got} of them from steps that passed no tap: "
+                "transformers runs a step that it compiled before this model was hooked (for "
+                "it or for another of its class); use engine='graph', or disable_compile=True, or "
+                "call torch.compiler.reset() first"
+            )
 
     def _guards(self, streams: bool) -> list[Guard]:
         """The armed guards that each token waits for; in a stream those are all with alarms."""

@@ -125,7 +125,7 @@ class _Meeting:
 _NAMES = count()
 
 
-def _step_of(hf: Any) -> Callable[..., Any]:
+def step_of(hf: Any) -> Callable[..., Any]:
     """A call of the model under a code object of its own.
 
     The compiler counts and limits its graphs by code object: structures must not share one.
@@ -146,7 +146,7 @@ class _Step:
         # Not held: a kept step would keep every cache it ever ran on.
         self._cache: Callable[[], Any] = lambda: None
         self._caches = 0
-        self._call = graph.compile(_step_of(hf))
+        self._call = graph.compile(step_of(hf))
 
     def takes(self, cache: Any) -> bool:
         """Whether this step may run on a cache; CUDA graphs are captured anew for another one."""

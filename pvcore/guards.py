@@ -177,7 +177,7 @@ class Guard(Seen):
     def _look_back(self, call: Call) -> None:
         """Sound the alarms of a generation that did not have to wait for them."""
         record = self._records[call]
-        steps = {trait: self._table(record, k)[0] for k, trait in enumerate(self.traits)}
+        steps = dict(zip(self.traits, self._tables(record)[0], strict=True))
         bell = AlarmBell(self._rules.alarms, self.traits, self.sites)
         for step in range(len(next(iter(steps.values())))):
             now = {trait: scores[step] for trait, scores in steps.items()}

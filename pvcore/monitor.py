@@ -57,6 +57,9 @@ class _Record:
     # Brings what an engine has scored and not handed over; None when nothing is under way.
     fetch: Callable[[], None] | None = None
     outcome: Outcome | None = None
+    # Steps and prompt of all traits as they were last put together, and of how much.
+    tables: tuple[Tensor, Tensor] | None = None
+    told: tuple[int, int, bool] = (0, 0, False)
 
     # The residuals of the first step, with their versions, and whether they have been looked at.
     met: list[tuple[Tensor, int | None]] = field(default_factory=list)
@@ -75,6 +78,10 @@ class _Record:
             if moved or len(places) < len(self.met):
                 self.columns.rows = [Copies(rows) for rows in self.columns.rows]
             self.met, self.looked = [], True
+
+    def extent(self) -> tuple[int, int, bool]:
+        """How much came in: more of it makes other tables."""
+        return len(self.steps), sum(map(len, self.given.values())), self.outcome is not None
 
     def given_scores(self, sites: Sequence[Site]) -> Float[Tensor, "column site batch n_vec"]:
         self.outflow.settle()
@@ -146,7 +153,8 @@ class Seen:
         records = list(self._records.values())
         for record in records:
             self._catch_up(record)
-        parts = [self._table(record, self.traits.index(trait)) for record in records]
+        at = self.traits.index(trait)
+        parts = [(steps[at], prompt[at]) for steps, prompt in map(self._tables, records)]
         order = _chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
         steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
         return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
@@ -276,21 +284,31 @@ class Seen:
             self._units[key] = units.to(*key)
         return self._units[key]
 
-    def _table(self, record: _Record, trait: int) -> tuple[Tensor, Tensor]:
-        """Steps and prompt of one trait, `[step, site, sequence]` and `[position, site, ...]`."""
-        given = record.given_scores(self.sites)[..., trait]
+    def _tables(self, record: _Record) -> tuple[Tensor, Tensor]:
+        """Steps and prompt of every trait, `[trait, step, site, sequence]` and `[trait, position,
+        ...]`, put together once for all that ask until more comes in.
+        """
+        if record.tables is None or record.told != record.extent():
+            record.told = record.extent()
+            record.tables = self._put_together(record)
+        return record.tables
+
+    def _put_together(self, record: _Record) -> tuple[Tensor, Tensor]:
+        given = record.given_scores(self.sites).permute(3, 0, 1, 2).contiguous()
         mask, last = record.call.mask, record.last()
         prompts, replies = [], []
         for row in range(len(last)):
             own = mask[row].nonzero()[:, 0]
-            prompts.append(given[own[own <= last[row]], :, row])
-            replies.append(given[own[own >= last[row]], :, row])
+            prompts.append(given[..., row][:, own[own <= last[row]]])
+            replies.append(given[..., row][:, own[own >= last[row]]])
         prompt, steps = _ragged(prompts), _ragged(replies)
         if record.outcome is None and not record.steps:
             return steps, prompt
         record.outflow.settle()
-        later = [step[..., trait].cpu() for step in record.steps]
-        made = torch.stack([steps[0], *later])
+        made = steps[:, :1]
+        if record.steps:
+            later = torch.stack([step.cpu() for step in record.steps])
+            made = torch.cat([made, later.permute(3, 0, 1, 2)], dim=1)
         if record.outcome is None:  # still under way: rows are those of the batch
             return made, prompt
         return self._sequences(record.outcome, made, prompt)
@@ -298,7 +316,8 @@ class Seen:
     def _sequences(self, outcome: Outcome, steps: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the batch followed into the returned sequences."""
         count = outcome.rows.shape[1]
-        followed = steps[torch.arange(count)[:, None], :, outcome.rows.T].movedim(1, 2)
+        rows = steps[:, torch.arange(count)[:, None], :, outcome.rows.T]
+        followed = rows.permute(2, 0, 3, 1).contiguous()
         over = torch.arange(count)[:, None] >= outcome.lengths
         return followed.masked_fill(over[:, None], torch.nan), prompt[..., outcome.rows[:, 0]]
 
@@ -325,10 +344,12 @@ def _chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def _ragged(parts: Sequence[Float[Tensor, "_ site"]]) -> Float[Tensor, "longest site row"]:
-    longest = max(len(part) for part in parts)
+def _ragged(
+    parts: Sequence[Float[Tensor, "n_vec _ site"]],
+) -> Float[Tensor, "n_vec longest site row"]:
+    longest = max(part.shape[1] for part in parts)
     padded = [
-        torch.nn.functional.pad(part, (0, 0, 0, longest - len(part)), value=torch.nan)
+        torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan)
         for part in parts
     ]
     return torch.stack(padded, dim=-1)

@@ -6,7 +6,7 @@ that a compiler traces carry `no_type_check`: the run-time type checker of the t
 the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import no_type_check
 
 import torch
@@ -27,6 +27,19 @@ def fixed(like: Tensor, *shape: int) -> Tensor:
     buffer = like.new_zeros(shape)
     torch._dynamo.mark_static_address(buffer)
     return buffer
+
+
+@no_type_check
+def _times(h, m):
+    return h.to(m.dtype) @ m
+
+
+def times_on(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """How a traced step multiplies: on CUDA by an op, as what is traced may be rounded to TF32."""
+    times: Callable[[Tensor, Tensor], Tensor] = _times
+    if device.type == "cuda":
+        times = routes.ops().product.default
+    return times
 
 
 class Shifts:
@@ -62,6 +75,7 @@ class _Clips:
     """A joint step: projections sent into `[low, high]`; ablation is the interval `[0, 0]`."""
 
     def __init__(self, like: Tensor, batch: int, n_step: int) -> None:
+        self._times = times_on(like.device)
         self.index = torch.zeros(n_step, dtype=torch.long, device=like.device)
         torch._dynamo.mark_static_address(self.index)
         self.inverse = fixed(like, n_step, n_step)
@@ -76,9 +90,10 @@ class _Clips:
 
     @no_type_check
     def __call__(self, scores, total, gram):
-        now = (scores + total @ gram).index_select(-1, self.index)
+        now = (scores + self._times(total, gram)).index_select(-1, self.index)
         change = torch.minimum(torch.maximum(now, self.low), self.high) - now
-        return torch.zeros_like(scores).index_copy(-1, self.index, change @ self.inverse)
+        moved = self._times(change, self.inverse)
+        return torch.zeros_like(scores).index_copy(-1, self.index, moved)
 
 
 Gauges = dict[tuple[Link | None, Site], Tensor]
@@ -136,6 +151,7 @@ class Joints:
 
     def __init__(self, move: Joint, batch: int, gauges: Gauges) -> None:
         n_vec, d_model = move.units.shape
+        self._times = times_on(move.units.device)
         self.units, self.gram = fixed(move.units, n_vec, d_model), fixed(move.gram, n_vec, n_vec)
         self.steps = tuple(
             _AddsUnits(move.units, batch, n_vec)
@@ -183,22 +199,22 @@ class Joints:
         with exact(self.units.device):
             moved = self._moved(h) if self.steps else h
             if self.asked is not None:
-                self.answer.copy_(moved.to(self.asked.dtype) @ self.asked.mT)
+                self.answer.copy_(self._times(moved, self.asked.mT))
         return moved
 
     @no_type_check
     def _moved(self, h):
-        scores = h.to(self.units.dtype) @ self.units.mT
+        scores = self._times(h, self.units.mT)
         total = torch.zeros_like(scores)
         parts = zip(self.steps, self.gates, self.read, self.levels, strict=True)
         for step, gates, read, level in parts:
             change = step(scores, total, self.gram)
             if gates.here or gates.far:
-                change = change * gates(scores + total @ self.gram, read)
+                change = change * gates(scores + self._times(total, self.gram), read)
             if level is not None:
                 change = change * level
             total = total + change
-        return (h + total @ self.units).to(h.dtype)
+        return (h + self._times(total, self.units)).to(h.dtype)
 
 
 def is_landing(move: Joint, device: torch.device, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvcore.errors import HookError
-from pvcore.frames import DECLARED, Frame
+from pvcore.frames import DECLARED, Frame, columns_unseen
 from pvcore.sessions import ARMED, Collector, ForwardStopped, Rows, Session
 
 # Given a residual: what it becomes, or None where it stays.
@@ -224,6 +224,17 @@ class Run:
 
 
 RUN: ContextVar[Run | None] = ContextVar("pvcore_run", default=None)
+
+
+def unseen(session: Session, owner: int) -> int:
+    """How many columns came into the newest forward's cache that a session did not see."""
+    run = RUN.get()
+    if run is None or run.owner != owner or not run.ended:
+        return 0
+    own: Session | None = run.session
+    while own is not None and own.identity is not session.identity:
+        own = own.outer
+    return 0 if own is None else columns_unseen(run.frame)
 
 
 def disarm(session: Session, owner: int) -> bool:

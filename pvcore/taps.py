@@ -19,7 +19,7 @@ from pvcore.frames import Call, Outcome, running
 from pvcore.hooks import Begin, End, Mid, Post, Pre, Tapped
 from pvcore.programs import SiteProgram
 from pvcore.resident import traces
-from pvcore.runs import RUN, disarm
+from pvcore.runs import RUN, disarm, unseen
 from pvcore.sessions import ARMED, ARMINGS, Reader, Session, session_on
 from pvcore.sessions import hold as hold_session
 from pvcore.sites import Site, resid_post, resid_pre
@@ -123,8 +123,10 @@ class Taps(Tapped):
         ARMED.set({**(ARMED.get() or {}), self.key: session})
         ARMINGS.count(1)
         known = False
+        missed = 0
         try:
             yield session
+            missed = unseen(session, self.key)
         finally:
             ARMINGS.count(-1)
             known = disarm(session, self.key)
@@ -137,6 +139,13 @@ class Taps(Tapped):
             raise HookError(
                 "got an armed plan and no forward of the model inside its block; run the model "
                 "inside it (a copy, or a compiled twin made earlier, does not count)"
+            )
+        if missed:
+            raise HookError(
+                f"got {missed} decode steps inside an armed block that passed no tap: transformers "
+                "ran a step that it compiled before this model was hooked (for it or for another "
+                "of its class); call torch.compiler.reset() before, or use model.generate(..., "
+                "engine='graph')"
             )
 
     def hold(

@@ -22,9 +22,10 @@ from benches.record import Cell, Check, Record, RecordError
 from benches.rounds import Lap
 
 SETTINGS = overhead.QUICK
-ARMS = {"again", "idle", "unarmed", "monitor", "steer", "both"} | {
-    f"hook {what}" for what in ("monitor", "steer", "both")
+ARMS = {"again", "idle", "unarmed", "monitor", "read", "steer", "both"} | {
+    f"hook {what}" for what in ("monitor", "read", "steer", "both")
 }
+PAIRED = "beside bare hooks, batch 1"
 
 
 def sample(**changes: Any) -> Record:
@@ -55,8 +56,17 @@ class TestRecord:
         assert record.read(path) == sample()
         assert [one.name for one in path.parent.iterdir()] == ["overhead.json"]
 
+    def test_an_interval_is_written_where_there_is_one(self, tmp_path: Path) -> None:
+        sure = Cell(status="measured", p20=1.0, p50=1.1, p80=1.2, n=9, low=1.05, high=1.15)
+        label = "batch 1/steer/CPU time"
+        made = sample(cells={**sample().cells, label: sure})
+        assert record.read(record.write(made, tmp_path)) == made
+        written = json.loads(record.text_of(made))["cells"]
+        assert (written[label]["low"], written[label]["high"]) == (1.05, 1.15)
+        assert not {"low", "high"} & set(written["batch 1/traced/CPU time"])
+
     def test_refuses_a_file_with_anything_missing_or_unknown(self, tmp_path: Path) -> None:
-        whole = asdict(sample())
+        whole = json.loads(record.text_of(sample()))
         label = next(iter(whole["cells"]))
         damaged = [{k: v for k, v in whole.items() if k != key} for key in whole]
         damaged += [whole | {"host": "x"}, whole | {"cells": []}, whole | {"date": 3}]
@@ -106,6 +116,10 @@ class TestRecord:
             {"status": "measured", "p20": 0.0, "p50": 1.0, "p80": 1.2, "n": 3},
             {"status": "measured", "p20": 1.0, "p50": 1.0, "p80": float("nan"), "n": 3},
             {"status": "measured", "p20": 1.0, "p50": "1", "p80": 1.2, "n": 3},
+            {"status": "measured", "p20": 1.0, "p50": 1.1, "p80": 1.2, "n": 9, "low": 1.0},
+            {"status": "measured", "p20": 1.0, "p50": 1.1, "p80": 1.2, "n": 9}
+            | {"low": 1.12, "high": 1.2},
+            {"status": "failed", "low": 1.0, "high": 1.0},
         ],
     )
     def test_refuses_a_cell_that_says_two_things(self, cell: dict[str, Any]) -> None:
@@ -148,6 +162,19 @@ class TestRounds:
     def test_the_spread_is_that_of_the_middle_three_fifths(self) -> None:
         assert rounds.spread([float(value) for value in range(1, 12)]) == (3.0, 6.0, 9.0)
         assert rounds.spread([1.25]) == (1.25, 1.25, 1.25)
+
+    @pytest.mark.parametrize(
+        ("count", "low", "high"),
+        # Published tables of ranks for the median; 5 values can't hold it with such confidence.
+        [(5, None, None), (6, 1, 6), (10, 2, 9), (20, 6, 15), (30, 10, 21)],
+    )
+    def test_the_interval_of_a_median_is_between_two_of_its_values(
+        self, count: int, low: float | None, high: float | None
+    ) -> None:
+        values = [float(value) for value in range(count, 0, -1)]
+        assert rounds.interval(values) == (low, high)
+        made = rounds.measured(values, target=1.5)
+        assert (made.low, made.high, made.target, made.n) == (low, high, 1.5, count)
 
     def test_every_job_runs_once_a_round_in_an_order_drawn_anew(self) -> None:
         ran: list[str] = []
@@ -202,6 +229,7 @@ class TestArms:
             ("monitor", lambda reply: replace(reply, tokens=reply.tokens[:, :-1])),
             ("monitor", lambda reply: shifted(reply, 1e-3)),
             ("monitor", lambda reply: shifted(reply, float("nan"))),
+            ("read", lambda reply: replace(reply, scores=None)),
             ("both", lambda reply: replace(reply, scores=None)),
             ("both", lambda reply: replace(reply, tokens=reply.tokens.roll(1, 0))),
             ("hook both", lambda reply: shifted(reply, 1e-3)),
@@ -258,7 +286,7 @@ class TestOverhead:
     def test_measures_every_arm_in_three_ways(self) -> None:
         made = overhead.measure(SETTINGS, command="python -m benches.run overhead --quick")
         assert made.correct
-        assert len(made.cells) == len(SETTINGS.batches) * len(ARMS) * 3
+        assert len(made.cells) == len(SETTINGS.batches) * (len(ARMS) + len(overhead.PAIRS)) * 3
         assert {cell.status for cell in made.cells.values()} == {"measured"}
         assert {(label.split("/")[-1], cell.n) for label, cell in made.cells.items()} == {
             (overhead.STEP, SETTINGS.generations),
@@ -266,9 +294,41 @@ class TestOverhead:
             (overhead.WALL, SETTINGS.rounds),
         }
         wanted = {label: cell.target for label, cell in made.cells.items() if cell.target}
-        assert {label.split("/")[0] for label in wanted} == {"batch 1"}
-        assert sorted(wanted.values()) == [1.01] * 3 + [1.02] * 3 + [1.03] * 3
+        assert {label.split("/")[0] for label in wanted} == {"batch 1", PAIRED}
+        assert sorted(wanted.values()) == [1.0] * 3 + [1.01] * 3 + [1.02] * 3 + [1.03] * 3
         assert set(overhead.ROWS) == ARMS
+
+    def test_ways_are_held_beside_bare_hooks_lap_by_lap(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        laps = {
+            name: [Lap(wall=n * k, cpu=n * k) for k in (1.0, 10.0)]
+            for n, name in enumerate(["plain", *overhead.ROWS], 1)
+        }
+        monkeypatch.setattr(lockstep, "take_turns", lambda *_, **__: laps)
+        monkeypatch.setattr(rounds, "interleave", lambda *_, **__: laps)
+        cells = overhead._timed(1, overhead.tasks_of(SETTINGS)[1], SETTINGS)
+        name = overhead.ROWS["monitor"].format(vectors=7, layers=SETTINGS.shape.layers)
+        found = cells[f"{PAIRED}/{name}/decoding"]
+        places = list(overhead.ROWS)
+        share = (places.index("monitor") + 2) / (places.index("hook monitor") + 2)
+        assert found.p50 == pytest.approx(share, abs=1e-4)
+        assert found.target == 1.0
+
+    def test_a_gpu_is_not_waited_for_after_every_token(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[Any] = []
+
+        def alternate(arms: Any, **given: Any) -> lockstep.Phases:
+            asked.append(given["finish"])
+            return lockstep.Phases(prompts={}, decoding={name: [] for name in arms})
+
+        monkeypatch.setattr(lockstep, "alternate", alternate)
+        monkeypatch.setattr(lockstep, "take_turns", lambda *_, **__: pytest.fail("by tokens"))
+        found = overhead._steps(1, {"plain": list}, SETTINGS, on_gpu=True)
+        assert found == {"plain": []}
+        assert asked == [torch.cuda.synchronize]
 
     def test_reports_no_speed_after_a_failed_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def failing(*_: object) -> dict[str, Check]:

@@ -56,17 +56,32 @@ def test_some_vectors_stand_for_a_large_bank() -> None:
 def test_every_row_does_what_raw_hooks_do(references: References, name: Any) -> None:
     engine = Engine.of(name, CPU)
     rows = {row: way for row, way in ways(QUICK.vectors, 2).items() if name == "eager" or way.key}
-    checks, checked = check(references, runs_of(references.task, engine, rows), rows)
+    runs, graphs = runs_of(references.task, engine, rows), int(name == "graph")
+    checks, checked = check(references, runs, rows, graphs=graphs)
     assert all(one.passed for one in checks.values()), checks
     assert checked == {PLAIN, AGAIN, IDLE, *rows}
     kinds = {what.partition(";")[0] for what in checks}
     assert kinds == {
+        f"graphs more or less than {graphs}",
         "tokens unlike raw hooks'",
         "share of replies that steering left as they were",
         "error of a projection, reply",
         "error of a projection, prompt",
     }
+    again, _ = check(references, runs, rows, graphs=graphs)
+    assert all(one.passed for one in again.values()) == (name == "eager")
     torch.compiler.reset()
+
+
+def test_compiled_idle_steps_are_timed_while_nothing_is_armed() -> None:
+    runs: dict[str, Any] = dict.fromkeys([PLAIN, AGAIN, IDLE, "steer one layer"], list)
+    for name, wanted in (
+        ("eager", [{PLAIN, AGAIN, IDLE, "steer one layer"}]),
+        ("graph", [{PLAIN, AGAIN, IDLE}, {PLAIN, "steer one layer"}]),
+    ):
+        engine = Engine.of(name, CPU)  # type: ignore[arg-type]
+        group = grid.Group(engine=engine, batch=1, rows={}, missing={})
+        assert [set(one) for one in grid._companies(group, runs)] == wanted
 
 
 def moved(reply: Reply, table: str) -> Reply:

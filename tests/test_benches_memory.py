@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+import pvcore as pv
 from benches import memory
+from benches.arms_checks import ERROR
 from benches.engines import Engine
 from benches.memory import MIB, QUICK, Census, beside_bank, live, task_of
 
@@ -51,8 +54,8 @@ def test_a_ring_does_not_grow_with_the_tokens() -> None:
     found = {}
     for tokens in (80, 160):
         task = task_of(2, replace(settings, new_tokens=tokens), CPU)
-        found[tokens], unlike = beside_bank(task, Engine.of("graph", CPU), 3)
-        assert unlike.passed
+        found[tokens], checks = beside_bank(task, Engine.of("graph", CPU), 3)
+        assert all(one.passed for one in checks.values()), checks
     # The bytes of scores that come with every token; the ring holds 64 of them.
     step = settings.layers * 2 * 64 * 4
     assert found[80] >= 64 * step
@@ -67,15 +70,32 @@ def test_measures_every_batch_and_engine() -> None:
         "beside the bank/batch 2/eager",
         "beside the bank/batch 2/graph (traced step)",
     ]
-    for cell in made.cells.values():
+    eager, graph = made.cells.values()
+    assert (eager.status, eager.reason) == ("not measured", memory.LEFT)
+    for cell in (graph,):
         assert (cell.status, cell.unit, cell.target) == ("measured", "MiB", 64.0)
         assert cell.p50 is not None
         scores = QUICK.layers * 2 * QUICK.vectors * 4
         assert scores / MIB < cell.p50 < 1
 
 
-def test_a_wrong_projection_has_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_lost_late_in_the_counted_reply_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    receive = pv.Seen.receive
+
+    def lost(self: pv.Seen, call: Any, steps: torch.Tensor) -> None:
+        receive(self, call, torch.cat([steps[:8], torch.zeros_like(steps[8:])]))
+
+    monkeypatch.setattr(pv.Seen, "receive", lost)
+    made = memory.measure(replace(QUICK, engines=("graph",)), command="x")
+    wrong = [what for what, one in made.checks.items() if not one.passed]
+    assert wrong == [f"batch 2, graph (traced step): {ERROR}"]
+    assert {cell.status for cell in made.cells.values()} == {"failed"}
+
+
+def test_no_bytes_are_told_beside_a_wrong_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "ERROR_BOUND", -1.0)
-    made = memory.measure(replace(QUICK, engines=("eager",)), command="x")
+    made = memory.measure(replace(QUICK, engines=("graph",)), command="x")
     assert not made.correct
     assert {cell.status for cell in made.cells.values()} == {"failed"}

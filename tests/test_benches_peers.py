@@ -136,6 +136,8 @@ def test_the_table_says_why_a_figure_is_missing(monkeypatch: pytest.MonkeyPatch)
     assert states["nnsight 0.8.1 trace/steer one layer"] == "measured"
     assert states["repeng 0.4.0/steer one layer"] == "failed"
     # What an adapter does not ask for is not held against the library.
+    assert states["steering-vectors 0.12.2/a coefficient per row"] == "not measured"
+    assert "rows" in PEERS["repeng"].unwritten
     means = KINDS["extract"]
     assert states[f"pyvene 0.1.8/{means}"] == "not measured"
     assert states[f"pvcore/{means}"] == "unsupported"
@@ -156,7 +158,7 @@ def test_a_process_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(batch=1, kinds=("steer",), new_tokens=2)
     found = measure._run("paper", case, measure.Settings(shape=shape, rounds=1))
     assert found["cells"] == {}
-    assert found["failure"].startswith("the paper's steerer: ")
+    assert found["failure"].startswith("the paper's steerer, re-written: ")
 
 
 def test_a_case_reaches_the_worker_as_it_is() -> None:

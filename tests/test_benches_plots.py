@@ -76,6 +76,8 @@ def test_each_way_and_batch_is_drawn_where_its_figures_are() -> None:
     }
     assert plots.overhead(replace(COST, cells=slower)) != svg
     assert plots.overhead(COST) == svg
+    beside = {"beside bare hooks, batch 1/steer/decoding": COST.cells["batch 1/steer/decoding"]}
+    assert plots.overhead(replace(COST, cells=COST.cells | beside)) == svg
 
 
 def test_a_plot_brings_its_own_ground_in_either_theme() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,15 @@ def test_figures_are_rendered_between_their_markers(document: Path, results: Pat
     assert re.sub(r"-->.*?<!-- end", "--><!-- end", text, flags=re.DOTALL) == re.sub(
         r"-->.*?<!-- end", "--><!-- end", DOCUMENT, flags=re.DOTALL
     )
+
+
+def test_the_interval_of_a_median_stands_behind_it() -> None:
+    label = "batch 1/steer/CPU time"
+    sure = Cell(status="measured", p20=1.0, p50=1.2, p80=1.4, n=9, low=1.1, high=1.25)
+    told = tables.summary(replace(RECORD, cells=RECORD.cells | {label: sure}))
+    assert "| steer | 1.200× [1.100 to 1.250] (1.000 to 1.400) |" in told
+    assert "median [95% interval of the median] (p20 to p80)" in told
+    assert "interval" not in tables.summary(RECORD)
 
 
 def test_the_check_passes_on_what_was_rendered_and_changes_nothing(

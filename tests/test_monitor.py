@@ -213,3 +213,47 @@ def test_a_model_that_updates_its_residual_in_place_is_scored_layer_by_layer(inf
         seen[trait.trait].steps[..., 0].double(), wanted, rtol=1e-5, atol=1e-5
     )
     assert float((wanted[1:, 0] - wanted[1:, -1]).abs().min()) > 1e-3
+
+
+def test_scores_are_put_together_once_for_all_traits(monkeypatch):
+    model, made = subject("qwen2").model, []
+    put_together = pv.Seen._put_together
+
+    def counted(self, record):
+        made.append(record)
+        return put_together(self, record)
+
+    monkeypatch.setattr(pv.Seen, "_put_together", counted)
+    with model.monitor(BANK) as seen:
+        model.generate_ids(prompts([6, 3]), max_new_tokens=5, do_sample=False)
+        first = {trait: seen[trait] for trait in (*seen.traits, *seen.traits)}
+        assert len(made) == 1
+        wanted = first["evil"].steps.clone()
+        first["evil"].steps.zero_()
+        assert torch.equal(seen["evil"].steps, wanted)
+        model.generate_ids(prompts([4]), max_new_tokens=5, do_sample=False)
+    both = {trait: seen[trait] for trait in seen.traits}
+    assert len(made) == 2
+    assert torch.equal(both["evil"].steps[..., :2], wanted)
+    assert both["evil"].steps.shape == (5, 3, 3)
+    assert (both["evil"].steps - both["humor"].steps).abs().min() > 0
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_what_was_put_together_early_grows_with_the_reply(engine):
+    model = subject("qwen2").model
+    settings = {"max_new_tokens": 6, "do_sample": False, "engine": engine}
+    with model.monitor(BANK) as seen:
+        model.generate_ids(prompts([6, 3]), **settings)
+    wanted, found = seen["humor"].steps, []
+    with model.monitor(BANK) as seen:
+
+        def look(ids, _scores, **_):
+            found.append((seen["evil"].steps.clone(), seen["humor"].steps.clone()))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        model.generate_ids(prompts([6, 3]), stopping_criteria=[look], **settings)
+    assert [len(humor) for _, humor in found] == [1, 2, 3, 4, 5, 6]
+    for _, humor in found:
+        assert torch.equal(humor, wanted[: len(humor)])
+    assert torch.equal(seen["humor"].steps, wanted)

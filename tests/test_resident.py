@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 import pvcore as pv
-from pvcore import resident
+from pvcore import resident, resident_moves
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
 from pvcore.programs import compile_programs
 from pvcore.resident import Decode, Met, Resident, Watch
 from pvcore.sessions import Session
 from pvcore.transport import Transport
-from tests.subjects import trio
+from tests.subjects import fresh, prompts, trio
 
 MIB = 1 << 20
 LAYERS, WIDTH, VECTORS = 28, 3584, 128
@@ -149,3 +149,31 @@ def test_readers_that_keep_residuals_and_sites_far_apart_are_refused():
     programs = compile_programs([pv.Add(trio(site, other)[0], coeff=1.0)])
     with pytest.raises(HookError, match="armed sites on cpu, meta"):
         Decode.of(Session(programs), call(2), {site: plain, other: far})
+
+
+def test_a_traced_joint_step_multiplies_by_an_op_alone_where_tf32_could_round_it(monkeypatch):
+    """On CUDA; here the op is asked for on a CPU, where it multiplies the same."""
+    found, site = fresh("qwen2"), pv.resid_post(1)
+    one, two, three = trio(site)
+    plan = pv.Plan(pv.Add(one, coeff=0.5), pv.Cap([two, three], max=0.05), pv.Ablate(one))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    nodes: list[str] = []
+
+    def backend(module, _inputs):
+        nodes.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    def tokens(engine):
+        with found.model.arm(plan):
+            return torch.stack(found.model.generate_ids(prompts([4]), engine=engine, **settings))
+
+    plain = torch.stack(found.model.generate_ids(prompts([4]), **settings))
+    wanted = tokens("eager")
+    monkeypatch.setattr(
+        resident_moves, "times_on", lambda _device: resident_moves.routes.ops().product.default
+    )
+    got = tokens(pv.Graph(backend=backend))
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, plain)
+    assert nodes.count("pvcore.product.default") == 6
+    assert not any("matmul" in node for node in nodes)

@@ -23,7 +23,6 @@ from benches.peers.subject import (
     Subject,
     read_means,
 )
-from pvcore.blocks import find_decoder
 
 
 class Pvcore:
@@ -296,28 +295,15 @@ class InterpEngine:
             SteerSpec(vector=subject.raw(layer), layer=layer, coeff=subject.coeff)
             for layer in range(subject.n_layers)
         ]
-        one = [every[subject.layer]]
-        turned = subject.units.mT.contiguous()
 
-        def run(specs: Any, watching: bool) -> Reply:
-            made: list[Tensor] = []
-            with ExitStack() as stack:
-                stack.enter_context(steer(model, specs))
-                for layer, block in enumerate(find_decoder(hf).blocks if watching else ()):
-                    hook = block.register_forward_hook(_last_row(made, turned[layer]))
-                    stack.callback(hook.remove)
-                tokens = subject.generate(hf)
-            return Reply(tokens=tokens, scores=lambda: subject.table(made))
+        def run(specs: Any) -> Reply:
+            with steer(model, specs):
+                return Reply(tokens=subject.generate(hf))
 
         return {
-            "steer": lambda: run(one, False),
-            "everywhere": lambda: run(every, False),
-            "both": lambda: run(one, True),
+            "steer": lambda: run([every[subject.layer]]),
+            "everywhere": lambda: run(every),
         }
-
-
-def _last_row(made: list[Tensor], turned: Tensor) -> Any:
-    return lambda _module, _args, output: made.append(output[:, -1] @ turned)
 
 
 class ActivationSteerer:
@@ -373,17 +359,20 @@ _LEARN = ("scikit-learn", "scipy", "joblib", "threadpoolctl", "narwhals")
 PEERS: Mapping[str, Entry] = {
     "pvcore": Entry(adapter=Pvcore, title="pvcore"),
     "torch-hook": Entry(adapter=TorchHook, title="torch hook"),
-    "paper": Entry(adapter=ActivationSteerer, title="the paper's steerer"),
+    "paper": Entry(adapter=ActivationSteerer, title="the paper's steerer, re-written"),
     "nnsight": Entry(adapter=Nnsight, title="nnsight 0.8.1 trace"),
     "transformer-lens": Entry(adapter=TransformerLens, title="TransformerLens 4.3.0 bridge"),
     "steering-vectors": Entry(
         adapter=SteeringVectors,
         title="steering-vectors 0.12.2",
         packages=("steering-vectors==0.12.2", *_LEARN),
-        unwritten=("extract",),
+        unwritten=("rows", "extract"),
     ),
     "repeng": Entry(
-        adapter=Repeng, title="repeng 0.4.0", packages=("repeng==0.4.0", "gguf", *_LEARN)
+        adapter=Repeng,
+        title="repeng 0.4.0",
+        packages=("repeng==0.4.0", "gguf", *_LEARN),
+        unwritten=("rows",),
     ),
     "pyvene": Entry(
         adapter=Pyvene,
@@ -395,6 +384,6 @@ PEERS: Mapping[str, Entry] = {
         adapter=InterpEngine,
         title="interp-engine 1.14.2, eager",
         packages=("interp-engine==1.14.2",),
-        unwritten=("watch", "rows", "extract"),
+        unwritten=("watch", "both", "rows", "extract"),
     ),
 }

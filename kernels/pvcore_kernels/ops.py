@@ -11,7 +11,7 @@ Scores are of `h` as it came, float32, or float64 for float64 rows. A request be
 as it is, bit for bit. An index out of range is an IndexError on the CPU; a kernel cannot wait to
 raise, leaves such a row as it is, and answers NaN for its score or for the mean of its segment.
 The functional ops are for autograd, nnsight and torch.compile. Importing this module registers
-every op, those of `ops_joint` too.
+every op, those of `ops_joint` and `products` too.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from pvcore_kernels.ops_joint import intervene_ as intervene_
 from pvcore_kernels.ops_joint import project_layers as project_layers
 from pvcore_kernels.ops_joint import project_layers_out as project_layers_out
 from pvcore_kernels.ops_joint import project_stack_out as project_stack_out
+from pvcore_kernels.products import product as product
 from pvcore_kernels.reference import accumulator
 from pvcore_kernels.registry import refuse_gradients, register
 

@@ -119,7 +119,7 @@ def project(
     h: Float[Tensor, "*rows d_model"], units: Float[Tensor, "n_vec d_model"]
 ) -> Float[Tensor, "*rows n_vec"]:
     """Scores `<h, u_k>` in the units of the residual."""
-    with exact(h.device):
+    with precise(h.device):
         return h.to(units.dtype) @ units.mT
 
 
@@ -127,7 +127,7 @@ def project_layers(
     rows: Float[Tensor, "site rows d_model"], units: Float[Tensor, "site n_vec d_model"]
 ) -> Float[Tensor, "site rows n_vec"]:
     """Scores of one set of rows per site against that site's own unit vectors."""
-    with exact(rows.device):
+    with precise(rows.device):
         return torch.bmm(rows.to(units.dtype), units.mT)
 
 
@@ -218,6 +218,6 @@ def intervene(
 
     `mask` marks the rows any step may touch; all others stay bit-identical.
     """
-    with exact(h.device):
+    with precise(h.device):
         moves = coefficients(project(h, units), gram, steps)
         return add(h, moves @ units, mask)
