@@ -1,6 +1,6 @@
 """Where a Hugging Face decoder keeps its residual stream: its blocks and the norms inside them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,9 +169,26 @@ def input_device(hf: Any) -> torch.device:
 
 def max_length(hf: Any) -> int | None:
     """How many positions a model has, where its configuration says so."""
+    return getattr(_text_config(hf), "max_position_embeddings", None)
+
+
+def length_borders(hf: Any) -> tuple[int, ...]:
+    """Lengths beyond which a model turns the positions of a whole batch otherwise (longrope)."""
+    text = _text_config(hf)
+    held = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rules = [one for one in (held, *held.values()) if isinstance(one, Mapping)]
+    found = {
+        one.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        for one in rules
+        if one.get("rope_type", one.get("type")) == "longrope"
+    }
+    return tuple(sorted(border for border in found if border is not None))
+
+
+def _text_config(hf: Any) -> Any:
     config = hf.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def require_embedded(hf: Any, token_ids: Sequence[Sequence[int]]) -> None:

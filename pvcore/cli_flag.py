@@ -1,6 +1,9 @@
 """`pvcore flag`: score training data on persona vectors, row by row, however often it stops."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import reduce
+from math import isfinite
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +16,9 @@ from pvcore.cli_output import print_document, require_places, split_list
 from pvcore.errors import PvcoreError
 
 if TYPE_CHECKING:
+    from pvcore.flag_sources import Source
     from pvcore.flags import Flags
+    from pvcore.vectors import VectorBank
 
 
 Sources = Annotated[
@@ -38,6 +43,15 @@ Clean = Annotated[Path | None, Option(help="Folder for copies without the flagge
 Threshold = Annotated[
     list[str] | None, Option("--threshold", help="For --clean: TRAIT=NUMBER; may be repeated.")
 ]
+Percentile = Annotated[
+    float | None,
+    Option(help="For --clean: flag rows above that of clean data, or of the vectors' calibration."),
+]
+CleanScan = Annotated[
+    Path | None, Option(help="For --percentile: folder of a finished scan of clean data.")
+]
+Site_ = Annotated[str | None, Option("--site", help="For --clean: as in resid_post.19; deepest.")]
+Score = Annotated[str | None, Option(help="For --clean: difference or response_mean.")]
 
 
 def flag(
@@ -60,38 +74,51 @@ def flag(
     report: Report = None,
     clean: Clean = None,
     threshold: Threshold = None,
+    percentile: Percentile = None,
+    clean_scan: CleanScan = None,
+    site: Site_ = None,
+    score: Score = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Score conversations on persona vectors: means by source, the highest rows, a cleaned copy."""
-    options = dict(locals())
+    _run(dict(locals()))
+
+
+_PASSED = ("difference", "share", "replies", "prompt", "answer", "turn", "max_new_tokens")
+_RULE = ("threshold", "percentile", "clean_scan", "site", "score")
+
+
+def _run(options: dict[str, Any]) -> None:
+    """Everything that can be refused is, before the first row is scored."""
+    from pvcore.flag_sources import resolve
+    from pvcore.vectors import VectorBank
+
+    report, top = options["report"], options["top"]
     require_places(report)
     if top < 0:
         raise PvcoreError(f"got --top {top}; wanted 0 or more")
-    bounds = _thresholds(threshold, clean)
-    found = _scanned(options)
+    sources = resolve(options["sources"], without=options["out"])
+    bank = VectorBank(vectors_at(options["vector"]), layers=split_list(options["layers"], int))
+    rules = _rules(options, bank, sources)
+    found = _scanned(options, bank)
     document = _document(found, top)
     if report is not None:
         found.report(report)
         document["report"] = str(report)
-    if clean is not None:
-        document["clean"] = _cleaned(found, bounds, clean)
-    print_document(document, as_json)
+    if rules:
+        document["clean"] = _cleaned(found, rules, options["clean"])
+    print_document(document, options["as_json"])
 
 
-_PASSED = ("difference", "share", "replies", "prompt", "answer", "turn", "max_new_tokens")
-
-
-def _scanned(options: dict[str, Any]) -> "Flags":
+def _scanned(options: dict[str, Any], bank: "VectorBank") -> "Flags":
     from pvcore.flagging import flag as flag_data
-    from pvcore.vectors import VectorBank
 
-    bank = VectorBank(vectors_at(options["vector"]), layers=split_list(options["layers"], int))
-    sources, names = options["sources"], (*_PASSED, "shard_rows", "max_tokens", "seed", "out")
+    names = (*_PASSED, "shard_rows", "max_tokens", "seed", "out")
     return flag_data(
         model_of(options["model"], options["dtype"], options["device"]),
-        sources,
+        options["sources"],
         bank,
         progress=not options["as_json"],
         **{name: options[name] for name in names},
@@ -129,21 +156,106 @@ def _estimate(found: Any) -> dict[str, Any]:
     return {**known, "n": found.n}
 
 
-def _thresholds(given: list[str] | None, clean: Path | None) -> dict[str, float]:
-    if bool(given) != (clean is not None):
-        raise PvcoreError("got --clean or --threshold alone; wanted both, as in --threshold evil=4")
-    bounds = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rule:
+    """One trait's share in what is left out of the copies."""
+
+    trait: str
+    settings: Mapping[str, Any]
+
+    def flagged(self, flags: "Flags") -> Any:
+        return flags.filter(self.trait, **self.settings)
+
+
+def _rules(
+    options: dict[str, Any], bank: "VectorBank", sources: "list[Source]"
+) -> tuple[_Rule, ...]:
+    """What `--clean` leaves out, checked as far as it can be before the scan; () without it."""
+    from pvcore.flag_clean import check_places
+
+    folder, percentile = options["clean"], options["percentile"]
+    bounds = _thresholds(options["threshold"], bank.traits)
+    if folder is None:
+        if given := next((name for name in _RULE if options[name] is not None), None):
+            raise PvcoreError(
+                f"got --{given.replace('_', '-')} without --clean; wanted both, or neither"
+            )
+        return ()
+    if bool(bounds) == (percentile is not None):
+        raise PvcoreError(
+            "got --clean and not one of --threshold and --percentile; wanted --threshold evil=4 "
+            "for some traits, or --percentile 95 for all"
+        )
+    if options["clean_scan"] is not None and percentile is None:
+        raise PvcoreError("got --clean-scan without --percentile; wanted both, or neither")
+    require_places(folder / "copy")
+    check_places(sources, folder)
+    settings = _measure(options, bank)
+    if bounds:
+        bound_to = {trait: {"threshold": bound, **settings} for trait, bound in bounds.items()}
+    else:
+        bound_to = {trait: _percentile(trait, options, bank, settings) for trait in bank.traits}
+    return tuple(_Rule(trait=trait, settings=one) for trait, one in bound_to.items())
+
+
+def _measure(options: dict[str, Any], bank: "VectorBank") -> dict[str, Any]:
+    """Site and score of the rules, as `Flags.filter` takes them."""
+    from pvcore.flag_shards import SCORE_KINDS
+    from pvcore.sites import Site
+
+    site = max(bank.sites) if options["site"] is None else Site.parse(options["site"])
+    if site not in bank.sites:
+        raise PvcoreError(f"got --site {site}; the vectors have {', '.join(map(str, bank.sites))}")
+    calibrated = options["percentile"] is not None and options["clean_scan"] is None
+    score = options["score"] or ("response_mean" if calibrated else "difference")
+    if score not in SCORE_KINDS:
+        raise PvcoreError(f"got --score {score}; wanted one of {', '.join(SCORE_KINDS)}")
+    if score == "difference" and options["difference"] == "subset":
+        raise PvcoreError(
+            "got --clean by the difference, which a subset has for some rows alone; give --score "
+            "response_mean, or another --difference"
+        )
+    return {"site": site, "score": score}
+
+
+def _percentile(
+    trait: str, options: dict[str, Any], bank: "VectorBank", settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A trait's rule by a percentile, which is there: of the clean scan, or of the calibration."""
+    from pvcore.flag_select import threshold_of
+    from pvcore.flags import Flags
+
+    percentile, folder = options["percentile"], options["clean_scan"]
+    column = f"{trait}/{settings['site']}/{settings['score']}"
+    if folder is None:
+        threshold_of(column, None, percentile, None, bank[trait])
+        return {"percentile": percentile, **settings}
+    clean = Flags.load(folder)
+    clean.column(trait, **settings)
+    threshold_of(column, None, percentile, clean, None)
+    return {"percentile": percentile, "clean": clean, **settings}
+
+
+def _thresholds(given: list[str] | None, traits: tuple[str, ...]) -> dict[str, float]:
+    bounds: dict[str, float] = {}
     for text in given or []:
         trait, _, number = text.rpartition("=")
         try:
-            bounds[trait] = float(number)
+            bound = float(number)
         except ValueError:
-            raise PvcoreError(f"got --threshold {text!r}; wanted TRAIT=NUMBER") from None
+            bound = float("nan")
+        if not trait or not isfinite(bound):
+            raise PvcoreError(f"got --threshold {text!r}; wanted TRAIT=NUMBER")
+        if trait not in traits:
+            raise PvcoreError(f"got --threshold {text!r}; the vectors are {', '.join(traits)}")
+        if trait in bounds:
+            raise PvcoreError(f"got --threshold for {trait} twice; wanted one number a trait")
+        bounds[trait] = bound
     return bounds
 
 
-def _cleaned(flags: "Flags", bounds: dict[str, float], folder: Path) -> list[dict[str, Any]]:
-    chosen = reduce(or_, (flags.filter(one, threshold=bound) for one, bound in bounds.items()))
+def _cleaned(flags: "Flags", rules: tuple[_Rule, ...], folder: Path) -> list[dict[str, Any]]:
+    chosen = reduce(or_, (rule.flagged(flags) for rule in rules))
     return [
         {
             "source": name,

@@ -171,13 +171,13 @@ def flag_on_ray(
     every machine must see.
     """
     wanted = _settings(settings)
-    found = resolve(sources)
+    found = resolve(sources, without=Path(out))
     if held := next((one.name for one in found if one.path is None), None):
         raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     folder = Path(out).absolute()
     job = Job(
-        model=model,
+        model=_anywhere(model),
         bank=stacked,
         sources=tuple(Source(name=one.name, kind=one.kind, path=_whole(one.path)) for one in found),
         folder=folder,
@@ -202,6 +202,12 @@ def _settings(given: dict[str, Any]) -> Settings:
     return Settings(form=form, **{name: one for name, one in given.items() if name in names})
 
 
+def _anywhere(model: Make) -> Make:
+    """A folder by its whole path: workers begin elsewhere, and would take it for a name."""
+    known = isinstance(model, str | PathLike) and Path(model).is_dir()
+    return str(Path(model).absolute()) if known and not callable(model) else model
+
+
 def _whole(path: Path | None) -> Path:
     assert path is not None, "data sets were refused"
     return path.absolute()
@@ -219,6 +225,8 @@ def _run(
         local = {"num_cpus": ceil(actors * cpus) + 1} if address is None else {}
         ray.init(address=address, log_to_driver=False, include_dashboard=False, **local)
     try:
+        there = ray.cluster_resources()
+        refuse_too_few(there, actors=min(actors, count), cpus=cpus, gpus=gpus)
         # A driver without a GPU leaves the probe of the model to a machine that has one.
         probing = ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked) if gpus else None
         asked = ray.get(probing.remote(job)) if probing is not None else _asked(job)
@@ -238,6 +246,19 @@ def _run(
     finally:
         if started:
             ray.shutdown()
+
+
+def refuse_too_few(
+    there: Mapping[str, float], *, actors: int, cpus: float | int, gpus: float | int
+) -> None:
+    """Raises `FlagError` where a cluster has not what the actors and Ray's own tasks take."""
+    for what, wanted in (("CPU", actors * cpus + 1), ("GPU", actors * gpus)):
+        if there.get(what, 0) < wanted:
+            raise FlagError(
+                f"got a cluster of {there.get(what, 0):g} {what}s for {actors} actors, which take "
+                f"{wanted:g} with Ray's own tasks and would wait for ever; wanted fewer actors, or "
+                "machines that are there before the scan begins"
+            )
 
 
 def _asked(job: Job) -> dict[str, Any]:
@@ -279,11 +300,22 @@ def count_shards(job: Job) -> int:
     return -(-rows // job.settings.shard_rows)
 
 
+def _files_of(model: Make) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the files of a model's folder; () of any other model."""
+    if callable(model) or not Path(model).is_dir():
+        return ()
+    found = sorted(path for path in Path(model).rglob("*") if path.is_file())
+    states = [(path.as_posix(), path.stat()) for path in found]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
 class RowScorer:
     """Scores the rows of a batch: what `datasets.map(..., batched=True)` takes, and pickles.
 
     Gives a column for each score of `pv.flag`'s approximate difference, NaN in rows that cannot be
     scored, and `flag_reason`, empty in all others. The model is made where the first batch comes.
+    `datasets` keeps results under this object's state: make another one for another model, also
+    when it lies in the same folder, whose files' sizes and times the state holds.
     """
 
     def __init__(
@@ -299,6 +331,7 @@ class RowScorer:
         self._bank = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
         self._settings = Settings(form=form or Form(), max_tokens=max_tokens)
         self._loaded: HookedModel | None = None
+        self._files = _files_of(model)
         # Every worker goes by the same day, whenever its first batch comes.
         self._day = datetime.now().date().isoformat()
 

@@ -38,6 +38,21 @@ def of_weights(hf: Any, *, every_number: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_marks(hf: Any, tokenizer: Any) -> str:
+    """A fingerprint of every number that a model keeps for the special tokens of a tokenizer.
+
+    They stand in every chat, and are few enough to be trained alone: `of_weights` may see none.
+    """
+    digest = sha256()
+    ids = sorted(getattr(tokenizer, "added_tokens_decoder", {}))
+    for held in (hf.get_input_embeddings(), hf.get_output_embeddings()):
+        weight = getattr(held, "weight", None)
+        if weight is not None and not weight.is_meta:
+            known = [one for one in ids if one < len(weight)]
+            digest.update(weight.detach()[known].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _adapters(hf: Any) -> str:
     """Which of PEFT's adapters act, and how strongly: the same weights answer otherwise."""
     told = [

@@ -59,17 +59,8 @@ def write_clean(
     Raises `FlagError`, without a copy, where a source is not what was scored.
     """
     origin.check_files(sources)
-    names = [_file_name(source) for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise FlagError(
-            f"got {twice[0]} from two folders; wanted file names that differ. Clean them one by one"
-        )
     made = {}
-    for source, name in zip(sources, names, strict=True):
-        path = folder / name
-        if source.path is not None and path.exists() and path.samefile(source.path):
-            raise FlagError(f"got {folder}, where {source.name} itself lies; give another folder")
+    for source, path in zip(sources, check_places(sources, folder), strict=True):
         none = np.empty(0, dtype=np.int64)
         sieve = _Sieve(flagged.get(source.name, none), rejected.get(source.name, set()))
         _copied(source, path, sieve, origin)
@@ -77,6 +68,21 @@ def write_clean(
             path=path, kept=sieve.kept, flagged=sieve.flagged, rejected=sieve.rejected
         )
     return made
+
+
+def check_places(sources: Sequence[Source], folder: Path) -> list[Path]:
+    """Where the copy of each source will lie; `FlagError` where two would, or a source does."""
+    names = [_file_name(source) for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise FlagError(
+            f"got {twice[0]} from two folders; wanted file names that differ. Clean them one by one"
+        )
+    paths = [folder / name for name in names]
+    for source, path in zip(sources, paths, strict=True):
+        if source.path is not None and path.exists() and path.samefile(source.path):
+            raise FlagError(f"got {folder}, where {source.name} itself lies; give another folder")
+    return paths
 
 
 def _file_name(source: Source) -> str:

@@ -46,12 +46,17 @@ class Portion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """Where the rows come from and how they are read. `held` knows the shards already made."""
+    """Where the rows come from and how they are read. `held` knows the shards already made.
+
+    `begins` is told the name of each iterator that can be read but once, and a mark of its first
+    row.
+    """
 
     sources: Sequence[Source]
     reading: Reading
     shard_rows: int
     held: Callable[[int], Footer | None]
+    begins: Callable[[str, str], None] = lambda name, mark: None
     witnesses: dict[str, Witness] = field(default_factory=dict)
 
     def portions(self) -> Iterator[Portion]:
@@ -81,6 +86,8 @@ class Feed:
             for raw in source.rows(form.known):
                 if witness is not None:
                     witness.see(raw)
+                    if raw.row == 0 and hasattr(source.held, "__next__"):
+                        self.begins(source.name, str(witness.tally["sha256"]))
                 yield source, raw
 
     def _read(self, shard: int, rows: Iterator[Row], total: float) -> Iterator[Portion]:
@@ -98,10 +105,12 @@ class Feed:
             )
 
     def _passed(self, shard: int, rows: Iterator[Row], held: Footer, total: float) -> Portion:
-        """A shard that is there. Files were compared as a whole; rows of data sets are compared."""
+        """A shard that is there. Files were compared as a whole; rows of data sets are compared.
+
+        So are rows of files beside a data set: where that has become shorter, they have moved up.
+        """
         first = last = next(rows)
-        start = self.sources.index(first[0])
-        known = all(source.path is not None for source in self.sources[start:])
+        known = all(source.path is not None for source in self.sources)
         digest = sha256()
         for row in chain([first], rows):
             last = row
@@ -166,6 +175,8 @@ def heft(content: Any, most: int) -> int:
             left.extend(one.values())
         elif isinstance(one, list | tuple):
             left.extend(one)
+        else:
+            total += getattr(one, "nbytes", 0)  # arrays and tensors
     return total
 
 

@@ -10,13 +10,17 @@ from typing import Any
 from pvcore.errors import FlagError
 from pvcore.files import write_durably
 from pvcore.flag_shards import clear, footers
+from pvcore.vector_files import pvcore_version
 
 FORMAT = 1
 NAME = "manifest.json"
 # Projections of one probe differ between machines by rounding, between models by much more.
 PROBE_TOLERANCE = 1e-2
 SHOWN = 6
-HINTS = {"written": " (what the chat template writes of one and the same chat; a date in it?)"}
+HINTS = {
+    "plan": " (a plan is armed around the call that was not, or was and is not, or is another)",
+    "written": " (what the chat template writes of one and the same chat; a date in it?)",
+}
 
 
 def fingerprint(asked: Mapping[str, Any]) -> str:
@@ -46,10 +50,57 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
                 f"{'; '.join(changes[:SHOWN])}{more}. Ask as before to finish it, or give another "
                 "out"
             )
-        return held
-    made = {"format": FORMAT, "status": "running", "asked": dict(asked)}
+        return _noted(folder, held)
+    made = {
+        "format": FORMAT,
+        "status": "running",
+        "fingerprint": fingerprint(asked),
+        "versions": [versions()],
+        "asked": dict(asked),
+    }
     write(folder, made)
     return made
+
+
+def versions() -> dict[str, str]:
+    """What scores here. Told, not compared: another version may go on with a scan."""
+    import transformers
+
+    return {"pvcore": pvcore_version(), "transformers": transformers.__version__}
+
+
+def _noted(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the versions that go on; written down before they make anything."""
+    known, now = held.get("versions", []), versions()
+    if now in known:
+        return held
+    noted = {**held, "versions": [*known, now]}
+    if held["status"] != "complete":
+        write(folder, noted)
+    return noted
+
+
+def note_beginning(folder: Path, source: str, mark: str) -> None:
+    """Note the first row of an iterator; `FlagError` where this scan began with another.
+
+    What an interrupted call has taken out of it before the first shard was there is gone.
+    """
+    held = read(folder) or {}
+    known = held.get("begun", {})
+    if known.get(source, mark) != mark:
+        raise FlagError(
+            f"got {source}, which begins with another row than when this scan began (an iterator "
+            "that was read before?); wanted the same data from its beginning. Give a fresh "
+            "iterator, or another out"
+        )
+    if source not in known:
+        write(folder, {**held, "begun": {**known, source: mark}})
+
+
+def finish(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Write that everything is there."""
+    kept = {name: value for name, value in manifest.items() if name != "begun"}
+    write(folder, {**kept, "status": "complete", **found})
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -123,7 +174,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     if not _alike(*probe):
         yield (
             "the model's projections of a probe were "
-            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights, or a plan is armed)"
+            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights?)"
         )
 
 

@@ -31,13 +31,19 @@ def score_histogram(
         for (name, row), colour in zip(counts.items(), ordered_colours(len(counts)), strict=True):
             heights = canvas.numbers(row, f"counts of {name}", len(bounds) - 1)
             share = heights / max(float(heights.sum()), 1.0)
-            shown = canvas.label(name if len(name) < 40 else f"…{name[-38:]}")
-            axes.stairs(share, bounds, color=colour.light, linewidth=2.0, label=shown)
+            axes.stairs(share, bounds, color=colour.light, linewidth=2.0, label=source_label(name))
             axes.stairs(share, bounds, color=colour.light, alpha=0.12, fill=True)
         axes.set_xlim(float(bounds[0]), float(bounds[-1]))
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="source", handlelength=1.2)
         return canvas.svg(figure)
+
+
+def source_label(name: str) -> str:
+    """A source as the legend names it: of a long name both ends, which tell folder and file."""
+    shown = canvas.label(name if len(name) < 40 else f"{name[:16]}…{name[-22:]}")
+    # matplotlib leaves out what begins with an underscore.
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def histogram_edges(low: Number, high: Number, bins: int = 48) -> list[float]:

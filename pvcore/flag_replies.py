@@ -12,6 +12,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,16 +20,19 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from pvcore.blocks import length_borders
+from pvcore.chats import Encoded
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
 from pvcore.flag_rows import IDS, RowDefect, is_unicode
 from pvcore.flag_shards import REPLIES
 from pvcore.flag_sources import Source, decode
-from pvcore.flag_tokens import Sample
+from pvcore.flag_tokens import Reading, Rejected, Sample, encode_many
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
 from pvcore.plain_generation import plain_settings
 
+OTHER_HEAD = "the template puts other text before it than before the row's, such as a thought"
 REPLY_NAMES = ("reply", "response", "completion", "answer", "output")
 
 
@@ -42,9 +46,65 @@ class OwnReplies(Protocol):
 
 
 def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
-    """Whether a row belongs to the random subset; the same rows whatever the order of the data."""
+    """Whether a row, known by its number, belongs to the random subset of its source."""
     name = f"{seed}\0{source}\0{row}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") < share * 2**64
+
+
+def head_of(tokenizer: Any, one: Sample | Encoded) -> list[int]:
+    """What the template writes between prompt and reply, such as an empty thought; ids.
+
+    A space is none: where it belongs to the reply's first token it comes and goes with that.
+    """
+    if one.reply is None or one.reply[0] == one.prompt_length:
+        return []
+    ids = [int(token) for token in one.ids[one.prompt_length : one.reply[0]]]
+    return ids if _text(tokenizer, ids) else []
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids)).strip()
+
+
+def answers(
+    reading: Reading, samples: Sequence[Sample], chosen: Sequence[int], texts: Sequence[str | None]
+) -> tuple[dict[int, Sample], dict[int, Rejected]]:
+    """The chosen samples with the model's own reply in the place of theirs.
+
+    Rejected are those without one, and those whose two replies would not stand behind the same
+    head: one of them then goes on from a thought that the other lacks.
+    """
+    tokenizer = reading.tokenizer
+    chats = [
+        [*samples[at].messages[:-1], {"role": "assistant", "content": text or ""}]
+        for at, text in zip(chosen, texts, strict=True)
+    ]
+    found: dict[int, Sample] = {}
+    failed: dict[int, Rejected] = {}
+    encoded = encode_many(tokenizer, chats, reading.max_length)
+    for at, text, one in zip(chosen, texts, encoded, strict=True):
+        sample = samples[at]
+        if isinstance(one, Exception) or not one.reply or one.reply[0] == one.reply[1]:
+            empty = "is not there" if text is None else "is empty"
+            why = str(one) if text and isinstance(one, Exception) else f"the reply {empty}"
+            failed[at] = unanswered(sample, why)
+        elif len({_text(tokenizer, head_of(tokenizer, each)) for each in (one, sample)}) > 1:
+            failed[at] = unanswered(sample, OTHER_HEAD)
+        else:
+            ids = np.asarray(one.ids, dtype=np.int32)
+            found[at] = replace(sample, ids=ids, prompt_length=one.prompt_length, reply=one.reply)
+    return found, failed
+
+
+def unanswered(sample: Sample, why: str) -> Rejected:
+    """A sample to which the model's own reply cannot be compared."""
+    return Rejected(
+        id=sample.id,
+        source=sample.source,
+        row=sample.row,
+        field="difference",
+        reason=f"the model's own reply cannot be scored: {why}",
+    )
 
 
 class GeneratedReplies:
@@ -66,7 +126,7 @@ class GeneratedReplies:
     ) -> None:
         self._model, self._folder, self._mark = model, folder / REPLIES, mark
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
-        self._max_length = max_length
+        self._max_length, self._borders = max_length, length_borders(model.hf)
 
     def __call__(self, shard: int, samples: Sequence[Sample]) -> list[str | None]:
         path = self._folder / f"part-{shard:06d}.jsonl"
@@ -75,7 +135,7 @@ class GeneratedReplies:
         for room, batch in self._batches(missing):
             # The ids that were scored: a template may print another date by now.
             prompts = [
-                torch.from_numpy(one.ids[: one.prompt_length].astype(np.int64)) for one in batch
+                torch.from_numpy(one.ids[: self._asked(one)].astype(np.int64)) for one in batch
             ]
             texts = self._model.generate(prompts, **plain_settings(self._model.hf, 0, room))
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
@@ -86,8 +146,10 @@ class GeneratedReplies:
     def _batches(self, samples: Iterable[Sample]) -> Iterator[tuple[int, list[Sample]]]:
         """Batches, and how many tokens a reply in each may have; no row's depends on another."""
         # Prompts of one length together: less padding, and the same batches on every machine.
-        ordered = sorted(samples, key=lambda one: one.prompt_length)
-        for room, alike in groupby(ordered, key=self._room):
+        ordered = sorted(samples, key=self._asked)
+        for (room, _), alike in groupby(
+            ordered, key=lambda one: (self._room(one), self._side(one))
+        ):
             rows = list(alike)
             for first in range(0, len(rows), self._batch_size):
                 yield room, rows[first : first + self._batch_size]
@@ -96,12 +158,24 @@ class GeneratedReplies:
         """A token at least: where an own reply would stand, the sample holds one of the data."""
         if self._max_length is None:
             return self._max_new_tokens
-        around = sample.prompt_length + len(sample.ids) - sample.reply[1]
+        around = self._asked(sample) + len(sample.ids) - sample.reply[1]
         return min(self._max_new_tokens, self._max_length - around)
+
+    def _side(self, sample: Sample) -> tuple[int, int]:
+        """Where a batch turns its positions otherwise: rows that get there do so together."""
+        asked = self._asked(sample)
+        beyond = sum(border < asked for border in self._borders)
+        passed = sum(border < asked + self._room(sample) for border in self._borders)
+        return beyond, asked if passed > beyond else 0
+
+    def _asked(self, sample: Sample) -> int:
+        """How many tokens the model is given: it answers behind the head that the row has."""
+        return sample.prompt_length + len(head_of(self._model.tokenizer, sample))
 
     def _name(self, sample: Sample) -> str:
         """Another for another prompt, model or scan: rows of a data set may have changed since."""
-        said = [self._mark, sample.source, sample.row, sample.messages[:-1]]
+        head = head_of(self._model.tokenizer, sample)
+        said = [self._mark, sample.source, sample.row, sample.messages[:-1], *head]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

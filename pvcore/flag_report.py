@@ -1,7 +1,8 @@
 """The page of a finished scan: data sets, distributions, correlations, and the highest rows."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 OTHERS = "all others"
 LONGEST_TEXT, LONGEST_REPLY = 400, 400
-MOST_REASONS = 12
+# Reasons shown, and told apart while they are counted.
+MOST_REASONS, MOST_COUNTED = 12, 5000
+OTHER_REASONS = ("other reasons", "")
 KINDS = {
     "approximate": "the mean over the reply minus the projection at the last prompt token",
     "exact": "the mean over the reply minus that of the model's own greedy reply",
@@ -160,7 +163,7 @@ def _highest(
             chats = []
         if chats and model is not None and bank is not None:
             tokenizer = pinned(model.tokenizer, flags.manifest["asked"].get("moment"))
-            strips = [_tokens(model, tokenizer, bank, site, chat) for chat in chats]
+            strips = [tokens_of(model, tokenizer, bank, site, chat) for chat in chats]
             blocks += _strips(trait, rows, chats, strips)
         else:
             blocks.append(_plain(trait, rows, chats))
@@ -173,23 +176,32 @@ def _highest(
         )
 
 
-Strip = tuple[list[str], dict[str, list[float]]]
+class Strip(NamedTuple):
+    """The first tokens of a reply with their projections, and the mean over all of it, by trait."""
+
+    tokens: list[str]
+    values: dict[str, list[float]]
+    means: dict[str, float]
 
 
-def _tokens(
+def tokens_of(
     model: "HookedModel", tokenizer: Any, bank: VectorBank, site: Site, chat: list[dict[str, str]]
 ) -> Strip:
     """The reply's tokens, and the projection of each on every vector of the bank."""
     from pvcore.chats import encode
+    from pvcore.transcripts import token_texts
 
     encoded = encode(tokenizer, chat)
     start, end = encoded.reply or (0, 0)
     ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
     units = bank.units[bank.sites.index(site)].double()
-    scores = (acts[site][0].double() @ units.mT)[:LONGEST_REPLY]
-    ids = encoded.ids[start:end][:LONGEST_REPLY]
-    texts = [str(tokenizer.decode([token])) for token in ids]
-    return texts, {trait: scores[:, k].tolist() for k, trait in enumerate(bank.traits)}
+    scores = acts[site][0].double() @ units.mT
+    texts = list(token_texts(tokenizer, encoded.ids[start:end], marks=True))[:LONGEST_REPLY]
+    values = {trait: scores[: len(texts), k].tolist() for k, trait in enumerate(bank.traits)}
+    means = {trait: float(scores[:, k].mean()) for k, trait in enumerate(bank.traits)}
+    if end - start > LONGEST_REPLY:
+        texts[-1] += "…"
+    return Strip(texts, values, means)
 
 
 def _strips(
@@ -199,14 +211,15 @@ def _strips(
     strips: Sequence[Strip],
 ) -> Iterator[Block]:
     scales = {}
-    for name in strips[0][1]:
-        values = torch.tensor([value for _, held in strips for value in held[name]])
+    for name in strips[0].values:
+        values = torch.tensor([value for one in strips for value in one.values[name]])
         reach = float((values - values.mean()).abs().max()) or 1.0
         scales[name] = Scale(centre=float(values.mean()), reach=reach)
-    for row, chat, (tokens, held) in zip(rows, chats, strips, strict=True):
+    for row, chat, strip in zip(rows, chats, strips, strict=True):
         yield TokenStrip(
-            tokens=tokens,
-            values=held,
+            tokens=strip.tokens,
+            values=strip.values,
+            means=strip.means,
             active=trait,
             prompt=_cut(chat[-2]["content"]),
             scales=scales,
@@ -230,21 +243,32 @@ def _cut(text: str) -> str:
 
 
 def _unscored(flags: Scanned) -> Section:
-    counts: dict[tuple[str, str], int] = {}
-    examples: dict[tuple[str, str], str] = {}
-    for row in flags.rejected():
-        # Where in a list a message stands says nothing about the kind of mistake.
-        key = (row["field"].partition("[")[0], row["reason"][:120])
-        if key not in counts and len(counts) >= MOST_REASONS:
-            key = ("", "other reasons")
-        counts[key] = counts.get(key, 0) + 1
-        examples.setdefault(key, f"row {row['row']} of {row['source']}")
-    often = sorted(counts, key=lambda key: -counts[key])
-    rows: list[list[Any]] = [[key[1], key[0], counts[key], examples[key]] for key in often]
+    rows = reasons_of(flags.rejected())
     blocks: list[Block] = [Table(columns=["reason", "field", "rows", "first"], rows=rows)]
     none = Note(text="Every row was scored.")
     return Section(
         title="Rows without a score",
-        text="Each is in the folder `rejected` with its source, row and field.",
+        text="Each is in the folder `rejected` with its source, row and field; `#` stands for "
+        "numbers that differ.",
         blocks=blocks if rows else [none],
     )
+
+
+def reasons_of(rejected: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """The most frequent reasons, each with its field, count and first row; the others together."""
+    counts: dict[tuple[str, str], int] = {}
+    examples: dict[tuple[str, str], str] = {}
+    for row in rejected:
+        # Neither where in a list a message stands nor a length says what kind of mistake it is.
+        key = re.sub(r"\d+", "#", row["reason"])[:120], row["field"].partition("[")[0]
+        if key not in counts and len(counts) >= MOST_COUNTED:
+            key = OTHER_REASONS
+        counts[key] = counts.get(key, 0) + 1
+        examples.setdefault(key, f"row {row['row']} of {row['source']}")
+    often = sorted(counts, key=lambda key: (key == OTHER_REASONS, -counts[key]))
+    shown = often if len(often) <= MOST_REASONS else often[: MOST_REASONS - 1]
+    rest = often[len(shown) :]
+    rows = [[*key, counts[key], examples[key]] for key in shown]
+    if rest:
+        rows.append([*OTHER_REASONS, sum(counts[key] for key in rest), examples[rest[0]]])
+    return rows

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from numbers import Integral
 from typing import Literal
 
 from pvcore.errors import FlagError
@@ -42,10 +43,17 @@ ROLES = {
     "bot": "assistant",
 }
 KEYS = (("role", "content"), ("from", "value"))
+# What a message, or a row, may hold beside its text; the chat without it would be another.
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+UNREAD = frozenset(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", *MEDIA)
+)
+BESIDE = frozenset(("tools", "functions", *MEDIA))
 # What a reader of columns needs to load: nothing else of a row is ever looked at.
-KNOWN = frozenset((*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *(name for pair in PAIRS for name in pair)))
-# What a message may hold beside its text; the chat without it would be another.
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+PAIRED = frozenset(name for pair in PAIRS for name in pair)
+KNOWN = PAIRED | {*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *BESIDE}
+# Columns that no conversation can be made of.
+ASIDE = frozenset((*SYSTEMS, *IDS, *BESIDE, "context"))
 # About a million tokens.
 LONGEST_TEXT, LONGEST_ID = 1 << 22, 1000
 LONGEST_SHOWN = 60
@@ -87,6 +95,10 @@ def conversation(record: object, form: Form) -> list[Message]:
     """The messages of a row, its last one the assistant's. Raises `RowDefect`."""
     if not isinstance(record, dict | Mapping):
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
+    if beside := _beside(record, BESIDE - {form.prompt, form.answer}):
+        raise RowDefect(
+            beside, "got more than text; wanted a conversation of text alone, without this field"
+        )
     messages = _messages(record, form)
     if form.turn == "first":
         messages = _to_first_reply(messages)
@@ -105,6 +117,26 @@ def conversation(record: object, form: Form) -> list[Message]:
     return messages
 
 
+def _beside(held: Mapping[object, object], names: frozenset[str]) -> str | None:
+    """The first field of some that says anything; most rows have none of them."""
+    if names.isdisjoint(held):
+        return None
+    return next((name for name in sorted(names) if is_filled(held.get(name))), None)
+
+
+def is_filled(value: object) -> bool:
+    """Whether a field says anything: tables give every row the fields of all, with nothing in."""
+    if value is None or value is False:
+        return False
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        return any(map(is_filled, value.values()))
+    if isinstance(value, list | tuple | bytes):
+        return len(value) > 0
+    return value == value if isinstance(value, float) else 0 not in getattr(value, "shape", ())
+
+
 def _to_first_reply(messages: list[Message]) -> list[Message]:
     asked = False
     for at, one in enumerate(messages):
@@ -119,8 +151,8 @@ def row_id(record: object) -> str | None:
     if isinstance(record, dict | Mapping):
         for name in IDS:
             value = record.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                value = str(value)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                value = str(value)  # as NumPy's
             if isinstance(value, str) and value and is_unicode(value):
                 if len(value) > LONGEST_ID:
                     raise RowDefect(
@@ -153,7 +185,8 @@ def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
         return _from_pair(record, form.prompt, form.answer)
     for name in LISTS:
         if record.get(name) is not None:
-            return _with_system(record, _from_list(record[name], name))
+            listed = _from_list(record[name], name, first=form.turn == "first")
+            return _with_system(record, listed)
     if pair := _pair(record):
         return _from_pair(record, *pair)
     names = ", ".join(sorted(map(str, record)))[:200] or "none"
@@ -171,7 +204,8 @@ def _pair(record: Mapping[object, object]) -> tuple[str, str] | None:
     return next(iter([*filled, *there]), None)
 
 
-def _from_list(value: object, name: str) -> list[Message]:
+def _from_list(value: object, name: str, *, first: bool = False) -> list[Message]:
+    """The messages of a list; what stands behind the `first` reply is not looked at."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         # A table's cell can hold a list only as text.
         try:
@@ -186,7 +220,13 @@ def _from_list(value: object, name: str) -> list[Message]:
         raise RowDefect(name, f"got {_shown(value)}; wanted a list of messages")
     if not value:
         raise RowDefect(name, "got no messages; wanted at least two")
-    return [_message(entry, f"{name}[{at}]") for at, entry in enumerate(value)]
+    messages, asked = list[Message](), False
+    for at, entry in enumerate(value):
+        messages.append(_message(entry, f"{name}[{at}]"))
+        if first and asked and messages[-1]["role"] == "assistant":
+            break
+        asked = asked or messages[-1]["role"] == "user"
+    return messages
 
 
 def _turned(value: Mapping[object, object]) -> object:
@@ -211,7 +251,7 @@ def _message(entry: object, where: str) -> Message:
         raise RowDefect(
             f"{where}.{keys[0]}", f"got {_shown(role)}; wanted system, user or assistant"
         )
-    if beside := next((name for name in UNREAD if entry.get(name)), None):
+    if beside := _beside(entry, UNREAD):
         raise RowDefect(f"{where}.{beside}", "got more than text; wanted messages of text alone")
     content = _text(entry.get(keys[1]), f"{where}.{keys[1]}")
     return {"role": ROLES[role.strip().casefold()], "content": content}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pvcore_kernels as kernels
+from pvcore.blocks import length_borders
 from pvcore.flag_tokens import Sample
 from pvcore.frames import Call, Frame, Outcome
 from pvcore.model import HookedModel
@@ -100,12 +101,13 @@ class Scorer:
 
     def __init__(self, model: HookedModel, bank: VectorBank, max_tokens: int) -> None:
         self._model, self._units, self._max_tokens = model, Units(bank), max_tokens
+        self._borders = length_borders(model.hf)
         self.shape = (len(bank.sites), 2, len(bank))
 
     def __call__(self, samples: Sequence[Sample]) -> NDArray[Any]:
         """`[sample, site, 2, n_vec]`; the 2 are reply mean and last prompt token."""
         scored: list[tuple[Packed, Tensor]] = []
-        for batch in packed(samples, self._max_tokens):
+        for batch in packed(samples, self._max_tokens, self._borders):
             reader = Projections(self._units, batch)
             self._model.run_reader(reader, batch.ids, batch.lengths, batch.prompts)
             scored.append((batch, reader.scores))
@@ -149,19 +151,24 @@ def pool_packed(
     return wanted.to(accumulator(h.dtype))
 
 
-def packed(samples: Sequence[Sample], max_tokens: int) -> Iterator[Packed]:
+def packed(
+    samples: Sequence[Sample], max_tokens: int, borders: Sequence[int] = ()
+) -> Iterator[Packed]:
     """The samples in batches, longest first, each of at most so many tokens or of one sample.
 
     They are cut where that costs least: a batch costs its tokens, padding counted, and `FORWARD`.
+    None holds samples on both sides of a border, where a row's numbers would be its neighbours'.
     """
     lengths = np.array([len(one.ids) for one in samples], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
+    sides = -np.searchsorted(borders, longest)
+    ends = np.searchsorted(sides, sides, side="right")
     # Worked out from the end: the least cost of what begins at each sample, and how many it takes.
     least = np.zeros(len(order) + 1)
     takes = np.ones(len(order), dtype=np.int64)
     for first in range(len(order) - 1, -1, -1):
-        most = min(max(max_tokens // int(longest[first]), 1), len(order) - first)
+        most = min(max(max_tokens // int(longest[first]), 1), int(ends[first]) - first)
         costs = longest[first] * np.arange(1, most + 1) + least[first + 1 : first + 1 + most]
         takes[first] = costs.argmin() + 1
         least[first] = costs.min() + FORWARD * max_tokens

@@ -168,9 +168,12 @@ def threshold_of(
     percentile: Number,
     clean: Scanned | None,
     vector: PersonaVector | None,
-    flags: Scanned,
+    flags: Scanned | None = None,
 ) -> float:
-    """The threshold given, or a percentile of clean data or of the vector's calibration."""
+    """The threshold given, or a percentile of clean data or of the vector's calibration.
+
+    Clean data must be scored as the `flags` are, where these are there already.
+    """
     if threshold is not None:
         if not isinstance(threshold, Real) or not np.isfinite(threshold):
             raise FlagError(f"got threshold {threshold!r}; wanted a finite number")
@@ -178,7 +181,8 @@ def threshold_of(
     if not isinstance(percentile, Real) or not 0 < percentile < 100:
         raise FlagError(f"got percentile {percentile!r}; wanted one between 0 and 100")
     if clean is not None:
-        check_alike(flags, clean, column)
+        if flags is not None:
+            check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)
     _, site, score = column.rsplit("/", 2)
     held = {} if vector is None else vector.calibration.get(site, {})
@@ -209,18 +213,25 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
 
 
 def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]:
-    """What a score means: which vector, which model, and which difference."""
+    """What a score means: which vector, which model, and which difference.
+
+    Not the day that a template prints: nobody could flag clean data once and for all.
+    """
     model = asked["model"]
     found = {
         "vector": asked["bank"]["vectors"].get(trait),
         "dtype": model["dtype"],
         "model": model.get("weights"),
         "tokenizer": asked["tokenizer"],
+        "plan": asked.get("plan", "none"),
+        "turn": asked["form"]["turn"],
     }
     if score == "difference":
         # A subset has the exact difference, for some of the rows.
-        exact = asked["difference"]["kind"] != "approximate"
-        found["difference"] = "exact" if exact else "approximate"
+        given = asked["difference"]
+        found["difference"] = "approximate" if given["kind"] == "approximate" else "exact"
+        found["replies"] = "from a file" if "replies" in given else given.get("max_new_tokens")
+        found["generation"] = given.get("generation")
     return found
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_generation, of_tokenizing, of_weights
+from pvcore.fingerprints import of_generation, of_marks, of_tokenizing, of_weights
 from pvcore.flag_dates import pinned, written
+from pvcore.flag_plans import armed_on
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import Scorer
 from pvcore.flag_sources import Source
@@ -51,8 +52,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise FlagError(f"got {name} {value!r}; wanted a whole number, at least 1")
+            # NumPy's numbers are no JSON, which the manifest is.
+            object.__setattr__(self, name, None if value is None else int(value))
         if not isinstance(self.seed, Integral):
             raise FlagError(f"got seed {self.seed!r}; wanted a whole number")
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "share", float(self.share))
 
     def tokens_on(self, model: HookedModel) -> int:
         """The budget of one batch."""
@@ -85,6 +90,7 @@ def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> No
     if not isinstance(bank, VectorBank):
         raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
     model.check(Plan(monitor=bank), check_model=check_model)
+    armed_on(model)
     if model.hf.training:
         raise FlagError(
             "got a model in training mode, whose dropout makes scores random; call model.hf.eval()"
@@ -100,7 +106,7 @@ def asked_of(
     moment: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides about a score, as JSON holds it."""
-    form = settings.form
+    form, plan = settings.form, armed_on(model)
     return {
         "sources": {source.name: source.fingerprint() for source in sources},
         "order": [source.name for source in sources],
@@ -114,13 +120,15 @@ def asked_of(
             "dtype": str(model.dtype).removeprefix("torch."),
             "layers": model.n_layers,
             "d_model": model.d_model,
-            # The probe sees an armed plan, and the weights what no probe reaches.
+            # The weights say what no probe reaches, and the probe what else may act.
             "weights": of_weights(model.hf),
+            "marks": of_marks(model.hf, model.tokenizer),
             "probe": probe(model, bank),
         },
         "tokenizer": of_tokenizing(model.tokenizer),
         "written": written(pinned(model.tokenizer, moment)),
         **({} if moment is None else {"moment": moment}),
+        **({} if plan is None else {"plan": plan}),
         "difference": _difference_of(model, settings, replies),
         "shard_rows": settings.shard_rows,
     }

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import KEYS, RowDefect, each_once, is_unicode
+from pvcore.flag_rows import BESIDE, KEYS, RowDefect, each_once, is_filled, is_unicode
 from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
@@ -34,7 +34,12 @@ SUFFIXES: Mapping[str, Kind] = {
 }
 LONGEST_LINE = 1 << 24
 # The start of a file in another encoding, which would otherwise be a million defective rows.
-MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive"}
+MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK": "a zip archive",
+    b"\x1f\x8b": "gzip (name it .gz)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Source:
     def rows(self, known: frozenset[str]) -> Iterator[RawRow]:
         """Every row in order; of columns only the known ones are loaded."""
         if self.path is None:
-            yield from self._held_rows()
+            yield from self._held_rows(known)
             return
         reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
@@ -85,13 +90,13 @@ class Source:
                 f"{self.kind} file. Mend it, or leave it out"
             ) from error
 
-    def _held_rows(self) -> Iterator[RawRow]:
+    def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
         size = len(self.held) if hasattr(self.held, "__len__") else None
         rows = enumerate(iter(self.held))
         while True:
             try:
                 row, record = next(rows)
-                record = _own(record)
+                record = _own(_narrowed(record, known))
             except StopIteration:
                 return
             except Exception as error:
@@ -129,7 +134,10 @@ class Source:
     def weight(self) -> float | None:
         """How much of the work it is, in bytes of file; None where that cannot be known."""
         if self.path is not None:
-            return float(self.path.stat().st_size)
+            try:
+                return float(self.path.stat().st_size)
+            except OSError:  # it was read, and is gone
+                return None
         return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
 
 
@@ -147,6 +155,17 @@ def decode(content: Any) -> Any:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
 
 
+def _narrowed(record: Any, known: frozenset[str]) -> Any:
+    """A record without what is never looked at, such as images; its names stay. All, if none known.
+
+    What may not stand beside a conversation is only ever asked whether it is there.
+    """
+    if not known or not isinstance(record, dict):
+        return record
+    told = {name: is_filled(record[name]) or None for name in BESIDE if name in record}
+    return {name: told.get(name, one) if name in known else None for name, one in record.items()}
+
+
 def _own(value: Any) -> Any:
     """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
 
@@ -159,12 +178,13 @@ def _own(value: Any) -> Any:
     return [_own(held) for held in value] if isinstance(value, list) else value
 
 
-def resolve(sources: Sources) -> list[Source]:
+def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
     """The sources meant: a path, a glob, a data set, a mapping of names to these, or a list.
 
-    Raises `SourceError` for what is not there, is no known kind, or comes twice.
+    No glob finds what lies in the folder `without`, where a scan keeps its own tables. Raises
+    `SourceError` for what is not there, is no known kind, or comes twice.
     """
-    found = list(_resolved(sources, ""))
+    found = list(_resolved(sources, "", without))
     if not found:
         raise SourceError("got no sources; wanted a file, a glob or a data set at least")
     names = [source.name for source in found]
@@ -187,17 +207,17 @@ def resolve(sources: Sources) -> list[Source]:
     return found
 
 
-def _resolved(sources: Any, name: str) -> Iterator[Source]:
+def _resolved(sources: Any, name: str, without: Path | None) -> Iterator[Source]:
     if isinstance(sources, str | PathLike):
-        yield from _files(str(sources), name)
+        yield from _files(str(sources), name, without)
     elif isinstance(sources, Mapping):
         for key, value in sources.items():
             if not isinstance(key, str) or not key.strip():
                 raise SourceError(f"got {key!r} as the name of a source; wanted text")
-            yield from _resolved(value, key)
+            yield from _resolved(value, key, without)
     elif _is_list_of_sources(sources):
         for place, value in enumerate(sources):
-            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "")
+            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "", without)
     elif _is_rows(sources):
         _check_rows(sources)
         yield Source(name=name or "rows", kind="rows", held=sources)
@@ -237,11 +257,10 @@ def _is_list_of_sources(value: object) -> bool:
     return isinstance(value[0], str | PathLike) or _is_rows(value[0])
 
 
-def _files(pattern: str, name: str) -> Iterator[Source]:
+def _files(pattern: str, name: str, without: Path | None) -> Iterator[Source]:
     if Path(pattern).is_dir():
         raise SourceError(f"got the folder {pattern}; wanted files: write {pattern}/*.jsonl")
-    paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if Path(path).is_file()]
+    paths = [pattern] if Path(pattern).is_file() else _matching(pattern, without)
     if not paths:
         raise SourceError(f"got {pattern}, where there is no file; wanted a file or a glob")
     for path in paths:
@@ -257,13 +276,19 @@ def _files(pattern: str, name: str) -> Iterator[Source]:
         yield Source(name=label, kind=kind, path=Path(path))
 
 
+def _matching(pattern: str, without: Path | None) -> list[str]:
+    paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+    folder = None if without is None else without.resolve()
+    return sorted(path for path in paths if folder not in Path(path).resolve().parents)
+
+
 def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]]:
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw:
         packed = path.suffix.casefold() == ".gz"
         stream = gzip.GzipFile(fileobj=raw) if packed else raw
         for row, begins, line in _bounded_lines(stream):
-            content: Any = line if row else _checked_start(line)
+            content: Any = line if row or not begins else _checked_start(line)
             if not begins or _is_blank(content):
                 continue
             if len(content) > LONGEST_LINE:

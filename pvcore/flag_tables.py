@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pvcore.errors import FlagError
-from pvcore.flag_rows import RowDefect
+from pvcore.flag_rows import ASIDE, RowDefect
 
 ROWS = 512
 # No row of a CSV may be longer: the reader would take it for two.
@@ -26,7 +26,7 @@ CELL = re.compile(rb'[^"]*(?:""[^"]*)*')
 AFTER_CELL = (b"", b",", b"\r", b"\n")
 ROW_END = re.compile(rb"\r\n?|\n")
 BOM = b"\xef\xbb\xbf"
-ENCODING_MARKS = (b"\xff\xfe", b"\xfe\xff")
+ENCODING_MARKS, PACKED = (b"\xff\xfe", b"\xfe\xff"), b"\x1f\x8b"
 
 Found = Iterator[tuple[int, Any, float]]
 
@@ -256,6 +256,8 @@ def csv_lines(path: Path) -> Generator[bytes, None, None]:
 def _check_line(number: int, line: bytes, before: int) -> None:
     if number == 1 and line.startswith(ENCODING_MARKS):
         raise ValueError("it begins as UTF-16, not as UTF-8 text")
+    if number == 1 and line.startswith(PACKED):
+        raise ValueError("it begins as gzip (name it .gz), not as UTF-8 text")
     if len(line) > BLOCK:
         raise ValueError(f"line {number} is longer than {BLOCK} bytes")
     if before > 2 * BLOCK:
@@ -276,7 +278,7 @@ def _each_once(names: list[str]) -> None:
 
 def _wanted(names: list[str], known: frozenset[str]) -> list[str]:
     wanted = [name for name in names if name in known]
-    if not wanted:
+    if not set(wanted) - ASIDE:
         raise ValueError(
             f"got columns {', '.join(names)[:120]}; wanted messages, or a pair such as prompt and "
             "response"

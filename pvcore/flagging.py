@@ -9,7 +9,8 @@ and with it an estimate for each source (`subset`).
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion, ahead
 from pvcore.flag_manifest import fingerprint
 from pvcore.flag_progress import Meter, bar
-from pvcore.flag_replies import GeneratedReplies, OwnReplies, RepliesOnFile, in_subset
+from pvcore.flag_replies import (
+    GeneratedReplies,
+    OwnReplies,
+    RepliesOnFile,
+    answers,
+    in_subset,
+    unanswered,
+)
 from pvcore.flag_rows import Form, Turn
 from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
 from pvcore.flag_settings import Difference, Settings, asked_of, check_subject, reading_of
@@ -38,7 +46,7 @@ from pvcore.flag_shards import (
     write_shard,
 )
 from pvcore.flag_sources import Source, Sources, resolve
-from pvcore.flag_tokens import Reading, Rejected, Sample, Scored, encode_many
+from pvcore.flag_tokens import Reading, Rejected, Sample, Scored
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
@@ -75,31 +83,32 @@ def flag(
     (`prompt=`, `answer=`); `turn` says which reply counts. A row that cannot be scored goes to
     `out/rejected` with the reason. Called again after a stop it goes on; called otherwise it
     refuses and says what changed. `exact` and `subset` take own replies from the file `replies`.
+    Under an armed plan all forwards are those of the steered model, also the own replies'.
     """
-    form = Form(prompt=prompt, answer=answer, turn=turn)
     settings = Settings(
         difference=difference,
         share=share,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        form=form,
+        form=Form(prompt=prompt, answer=answer, turn=turn),
         shard_rows=shard_rows,
         max_tokens=max_tokens,
     )
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     check_subject(model, stacked, check_model)
-    return _flags(model, resolve(sources), stacked, Path(out), settings, replies, progress)
+    return _flags(model, sources, stacked, Path(out), settings, replies, progress)
 
 
 def _flags(
     model: HookedModel,
-    sources: Sequence[Source],
+    given_sources: Sources,
     bank: VectorBank,
     folder: Path,
     settings: Settings,
     replies: str | PathLike[str] | None,
     progress: bool,
 ) -> Flags:
+    sources = resolve(given_sources, without=folder)
     given = _replies_source(replies, settings)
     reading_of(model, settings.form)  # refuses what cannot be read, before a folder is made
     prepare(folder)
@@ -119,7 +128,7 @@ def _flags(
                 replies=given,
                 mark=fingerprint(asked),
             )
-            flag_manifest.write(folder, {**manifest, "status": "complete", **scan.run(progress)})
+            flag_manifest.finish(folder, manifest, scan.run(progress))
     return Flags(folder, sources=sources, model=model, bank=bank)
 
 
@@ -156,6 +165,7 @@ class Scan:
                 reading=self.reading,
                 shard_rows=self.settings.shard_rows,
                 held=self._held,
+                begins=partial(flag_manifest.note_beginning, self.folder),
             )
             show = stack.enter_context(bar(shown=progress))
             writer = stack.enter_context(ThreadPoolExecutor(1, "pvcore-flag-writer"))
@@ -264,44 +274,16 @@ class Scan:
             if in_subset(one.source, one.row, share, self.settings.seed)
         ]
         texts = own(shard, [samples[at] for at in chosen])
-        answered, failed = self._answered(samples, chosen, texts)
+        answered, failed = answers(self.reading, samples, chosen, texts)
         pairs = scorer([*samples, *answered.values()])
         mean, last = pairs[:, :, RESPONSE_MEAN], pairs[:, :, LAST_PROMPT_TOKEN]
         difference = np.full_like(mean[: len(samples)], np.nan)
         places = list(answered)
         difference[places] = mean[places] - mean[len(samples) :]
         lost = [at for at in places if not np.isfinite(difference[at]).all()]
-        failed |= {at: _unanswered(samples[at], NOT_FINITE) for at in lost}
+        failed |= {at: unanswered(samples[at], NOT_FINITE) for at in lost}
         count = len(samples)
         return np.stack([mean[:count], last[:count], difference], axis=-1), failed
-
-    def _answered(
-        self, samples: Sequence[Sample], chosen: Sequence[int], texts: Sequence[str | None]
-    ) -> tuple[dict[int, Sample], dict[int, Rejected]]:
-        """The chosen samples with the model's own reply in the place of theirs."""
-        tokenizer, longest = self.reading.tokenizer, self.reading.max_length
-        chats = [
-            [*samples[at].messages[:-1], {"role": "assistant", "content": text or ""}]
-            for at, text in zip(chosen, texts, strict=True)
-        ]
-        answered: dict[int, Sample] = {}
-        failed: dict[int, Rejected] = {}
-        for at, text, one in zip(
-            chosen, texts, encode_many(tokenizer, chats, longest), strict=True
-        ):
-            sample = samples[at]
-            if isinstance(one, Exception) or not one.reply or one.reply[0] == one.reply[1]:
-                empty = "is not there" if text is None else "is empty"
-                why = str(one) if text and isinstance(one, Exception) else f"the reply {empty}"
-                failed[at] = _unanswered(sample, why)
-                continue
-            answered[at] = replace(
-                sample,
-                ids=np.asarray(one.ids, dtype=np.int32),
-                prompt_length=one.prompt_length,
-                reply=one.reply,
-            )
-        return answered, failed
 
     def _refuse_more_than(self, shards: int) -> None:
         beyond = [footer.shard for footer in footers(self.folder) if footer.shard >= shards]
@@ -310,17 +292,6 @@ class Scan:
                 f"got sources of {shards} shards, and {self.folder} holds shard {beyond[0]}: the "
                 "data has become less. Give the same data, or another out"
             )
-
-
-def _unanswered(sample: Sample, why: str) -> Rejected:
-    """A sample to which the model's own reply cannot be compared."""
-    return Rejected(
-        id=sample.id,
-        source=sample.source,
-        row=sample.row,
-        field="difference",
-        reason=f"the model's own reply cannot be scored: {why}",
-    )
 
 
 def _sound(

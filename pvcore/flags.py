@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_weights
+from pvcore.fingerprints import of_tokenizing, of_weights
 from pvcore.flag_estimates import Running
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
@@ -64,7 +64,7 @@ class Flags(Scanned):
         self.manifest: dict[str, Any] = manifest
         self._check_shards()
         self.origin = Origin(manifest)
-        self._sources = _resolved(sources)
+        self._sources = _resolved(sources, self.folder)
         self.origin.check_names(self._sources or ())
         _check_scored_by(manifest["asked"], model, bank)
         self._model, self._bank = model, bank
@@ -146,6 +146,12 @@ class Flags(Scanned):
                 raise FlagError(f"got {what} {got!s}; this scan has {', '.join(map(str, known))}")
         return f"{trait}/{place}/{score}"
 
+    def _check_source(self, source: str | None) -> None:
+        names = self.manifest["asked"]["order"]
+        if source is not None and source not in names:
+            known = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+            raise FlagError(f"got source {source!r}; this scan has {known}")
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The scored rows as pyarrow tables, one shard at a time."""
         return tables(self.folder, columns)
@@ -183,14 +189,17 @@ class Flags(Scanned):
         if not isinstance(n, Integral) or n < 0:
             raise FlagError(f"got {n!r} rows to show; wanted a whole number, 0 or more")
         column = self.column(trait, site=site, score=score)
+        self._check_source(source)
         if not n:
             return []
         best: list[tuple[float, int, dict[str, Any]]] = []
         sign, seen = (-1.0 if lowest else 1.0), 0
         for table in self.tables():
             values = table[column].to_numpy(zero_copy_only=False).astype(np.float64) * sign
+            if source is not None:
+                values[np.asarray(table["source"].to_pylist(), dtype=object) != source] = np.nan
             order = np.argsort(-values, kind="stable")  # NaN last
-            for at in order[: n if source is None else None].tolist():
+            for at in order[:n].tolist():
                 if np.isnan(values[at]):
                     break
                 # Earlier rows win ties, so that the list is the same however the data was cut.
@@ -198,8 +207,6 @@ class Flags(Scanned):
                 if len(best) >= n and entry <= best[0][:2]:
                     break
                 row = table.slice(at, 1).to_pylist()[0]
-                if source is not None and row["source"] != source:
-                    continue
                 (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
             seen += table.num_rows
         return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)]
@@ -221,8 +228,8 @@ class Flags(Scanned):
 
         `clean` is the scan of data without the trait; one that was scored otherwise, or has fewer
         than 20 rows, is refused. Without it and without a threshold the percentile is that of the
-        vector's own calibration. `score` is the difference unless told otherwise; of a calibration,
-        which knows no difference, the `response_mean`.
+        vector's own calibration; a threshold makes both idle. `score` is the difference unless told
+        otherwise; of a calibration, which knows no difference, the `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
         id that several rows have, or none, is refused.
         """
@@ -281,7 +288,14 @@ def _check_scored_by(
                     f"got a bank whose {trait} at {', '.join(map(str, sites))} is not the vector "
                     "that this scan was made with; wanted the same bank. Give it, or flag anew"
                 )
-    if model is not None and of_weights(model.hf) != asked["model"]["weights"]:
+    if model is None:
+        return
+    if of_tokenizing(model.tokenizer) != asked["tokenizer"]:
+        raise FlagError(
+            "got a model with another tokenizer than the one that made the tokens of this scan; "
+            "wanted the same. Give it, or flag anew"
+        )
+    if of_weights(model.hf) != asked["model"]["weights"]:
         named = asked["model"]["id"] or "a model without a name"
         raise FlagError(
             f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
@@ -289,11 +303,11 @@ def _check_scored_by(
         )
 
 
-def _resolved(sources: Any) -> tuple[Source, ...] | None:
+def _resolved(sources: Any, folder: Path) -> tuple[Source, ...] | None:
     if sources is None:
         return None
     are_known = isinstance(sources, list | tuple) and all(isinstance(s, Source) for s in sources)
-    return tuple(sources) if are_known else tuple(resolve(sources))
+    return tuple(sources) if are_known else tuple(resolve(sources, without=folder))
 
 
 def _flagged(row: dict[str, Any], column: str) -> FlaggedRow:

@@ -108,7 +108,7 @@ class SiteProgram:
         link: Link | None = None,
         dials: Sequence[Dial | None] | None = None,
     ) -> None:
-        self.site, self._link = site, link
+        self.site, self.interventions, self._link = site, tuple(interventions), link
         dials = dials or [None] * len(interventions)
         here = [pair for pair in zip(interventions, dials, strict=True) if site in pair[0].sites]
         directions: list[Tensor] = []

@@ -59,7 +59,8 @@ class TokenStrip:
 
     `values` holds one number a token for each trait, NaN where there is none. `active` is the
     trait shown first. Give two strips the same `scales` to compare them; without one, a trait's
-    colour is full at its largest absolute value.
+    colour is full at its largest absolute value. `means` are those of the whole reply, where the
+    tokens are only its beginning.
     """
 
     tokens: Sequence[str]
@@ -68,6 +69,7 @@ class TokenStrip:
     active: str | None = None
     prompt: str = ""
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    means: Mapping[str, Number] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -276,7 +278,8 @@ def _strip(strip: TokenStrip, index: int) -> str:
     tabs = []
     for place, (trait, numbers) in enumerate(strip.values.items()):
         known = [value for value in numbers if not isnan(value)]
-        mean = f"<b>{number(sum(known) / len(known), signed=True)}</b>" if known else ""
+        whole = strip.means.get(trait, sum(known) / len(known) if known else 0.0)
+        mean = f"<b>{number(whole, signed=True)}</b>" if known else ""
         reach = max(map(abs, known), default=0.0) or 1.0
         scale = strip.scales.get(trait, Scale(reach=reach))
         button = f"strip-{index}-{place}"

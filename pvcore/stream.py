@@ -30,10 +30,13 @@ class Step:
 
 
 class Pieces:
-    """Text of a growing token sequence, held back while a character is incomplete."""
+    """Text of a growing token sequence, held back while a character is incomplete.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    Special tokens are no text, unless `marks` are wanted.
+    """
+
+    def __init__(self, tokenizer: Any, *, marks: bool = False) -> None:
+        self._tokenizer, self._marks = tokenizer, marks
         self._ids: list[int] = []
         self._start = self._told = 0
 
@@ -52,7 +55,7 @@ class Pieces:
         return known[len(told) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not self._marks))
 
 
 class _Cancelled(Exception):

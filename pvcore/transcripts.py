@@ -114,7 +114,7 @@ class Transcript:
         return found
 
 
-def token_texts(tokenizer: object, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(tokenizer: object, ids: Sequence[int], *, marks: bool = False) -> tuple[str, ...]:
     """The text each token adds; a character of several tokens stands at the last of them."""
-    pieces = Pieces(tokenizer)
+    pieces = Pieces(tokenizer, marks=marks)
     return tuple(pieces.push(token, last=k + 1 == len(ids)) for k, token in enumerate(ids))

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pvcore.flag_rows import PAIRS
+from pvcore.flag_rows import BESIDE, PAIRS
 
 GOOD = {
     "messages": [
@@ -47,6 +47,8 @@ def _no_objects() -> Iterator[Row]:
             yield f"{name} for a row", _line(value), ""
     yield "no fields", _line({}), ""
     yield "fields nobody knows", _line({"text": "Once upon a time"}), ""
+    for name in sorted(BESIDE):
+        yield f"a conversation with {name}", _line({**GOOD, name: "something"}), name
     yield "half a pair", _line({"prompt": "Is it?"}), ""
     yield "nothing in messages", _line({"messages": None}), ""
 
@@ -153,6 +155,8 @@ def files() -> Iterator[File]:
         yield f"{encoding}.jsonl", holding(mark + content), "UTF-16"
         yield f"{encoding}.csv", holding(mark + "prompt,response\na,b\n".encode(encoding)), "UTF-16"
     yield "zip.jsonl", holding(b"PK\x03\x04" + text), "zip"
+    yield "packed.jsonl", holding(packed), "gzip"
+    yield "packed.csv", holding(gzip.compress(b"prompt,response\na,b\n")), "gzip"
     yield "array.json", holding(b"[" + _line(GOOD) + b"]"), "JSON array"
     for at in (4, 30, len(packed) // 2, len(packed) - 4):
         yield f"cut-{at}.jsonl.gz", holding(packed[:at]), "cannot be read"

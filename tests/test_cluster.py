@@ -20,7 +20,15 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore.cluster import Job, RowScorer, ShardScanner, count_shards, flag_on_ray
+from pvcore import cluster
+from pvcore.cluster import (
+    Job,
+    RowScorer,
+    ShardScanner,
+    count_shards,
+    flag_on_ray,
+    refuse_too_few,
+)
 from pvcore.errors import FlagError
 from pvcore.flag_settings import Settings
 from pvcore.flag_shards import footers, prepare
@@ -137,6 +145,71 @@ def test_what_one_machine_refuses_is_refused_on_many(data: Path, tmp_path: Path)
     assert found["flag_reason"] == [""]
     with pytest.raises(FlagError, match="got settings replies, shards; wanted some of"):
         flag_on_ray(model, data, bank(), out=tmp_path / "out", replies="x", shards=3)
+
+
+def test_a_cluster_that_is_too_small_is_refused_before_anything_waits() -> None:
+    there = {"CPU": 3.0, "memory": 1e9, "GPU": 1.0}
+    refuse_too_few(there, actors=2, cpus=1, gpus=0.5)
+    for settings, said in (
+        ({"actors": 3, "cpus": 1, "gpus": 0}, "3 CPUs for 3 actors, which take 4 with"),
+        ({"actors": 2, "cpus": 1.5, "gpus": 0}, "which take 4 with"),
+        ({"actors": 2, "cpus": 1, "gpus": 1}, "got a cluster of 1 GPUs for 2 actors"),
+    ):
+        with pytest.raises(FlagError, match=said):
+            refuse_too_few(there, **settings)  # type: ignore[arg-type]
+    with pytest.raises(FlagError, match="got a cluster of 0 CPUs"):
+        refuse_too_few({}, actors=1, cpus=1, gpus=0)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_too_few_cpus_are_an_error_and_no_wait(data: Path, tmp_path: Path) -> None:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(FlagError, match="got a cluster of 2 CPUs for 2 actors"):
+            flag_on_ray(model, str(data / "*.jsonl"), bank(), out=tmp_path / "out", shard_rows=7)
+    finally:
+        ray.shutdown()
+
+
+def test_a_folder_of_a_model_is_found_from_anywhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Job] = []
+
+    def run(job: Job, **_: Any) -> None:
+        given.append(job)
+        raise InterruptedError
+
+    monkeypatch.setattr(cluster, "_run", run)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    for make in ("checkpoint", Path("checkpoint"), "owner/name", model):
+        with pytest.raises(InterruptedError):
+            flag_on_ray(make, str(data / "*.jsonl"), bank(), out="out")
+    whole = str(tmp_path / "checkpoint")
+    assert [job.model for job in given] == [whole, whole, "owner/name", model]
+
+
+def test_a_map_knows_the_model_of_a_folder_by_its_files(tmp_path: Path) -> None:
+    from datasets.fingerprint import Hasher
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"one")
+
+    def state() -> str:
+        return str(Hasher.hash(RowScorer(str(folder), bank())))
+
+    before = state()
+    assert state() == before
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(1, 1))
+    assert state() != before
+    assert Hasher.hash(RowScorer("owner/name", bank())) != before
 
 
 def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:

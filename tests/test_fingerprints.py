@@ -35,6 +35,22 @@ def test_configuration_and_precision_show_and_the_place_of_the_files_does_not() 
     assert fingerprints.of_weights(build("qwen2", dtype=torch.bfloat16)) != before
 
 
+def test_a_special_token_trained_alone_shows_in_every_number() -> None:
+    hf, plain = build("qwen2"), tokenizer()
+    before, mark = fingerprints.of_marks(hf, plain), plain.convert_tokens_to_ids("<|im_start|>")
+    whole, at = fingerprints.of_weights(hf), mark * 64 + 1
+    assert at % (128 * 64 // 256), "the sample of the weights holds this number"
+    with torch.no_grad():
+        hf.get_input_embeddings().weight[mark, 1] += 1e-3
+    assert fingerprints.of_weights(hf) == whole
+    changed = fingerprints.of_marks(hf, plain)
+    assert changed != before
+    with torch.no_grad():
+        hf.get_output_embeddings().weight[mark, 1] += 1e-3
+    assert fingerprints.of_marks(hf, plain) not in (changed, before)
+    assert fingerprints.of_marks(build("qwen2"), tokenizer()) == before
+
+
 def test_the_fingerprint_of_a_tokenizer_is_of_template_and_vocabulary() -> None:
     plain = tokenizer()
     before = fingerprints.of_tokenizer(plain)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pvcore as pv
@@ -141,6 +142,7 @@ def test_the_weight_of_a_row_is_about_its_text() -> None:
     assert 1000 <= heft(b"x" * 1000, 10**6) <= 1100
     nested = {"messages": [{"role": "user", "content": "x" * 5000}] * 3}
     assert 15_000 <= heft(nested, 10**6) <= 16_500
+    assert heft({"image": np.zeros((100, 100))}, 10**6) >= 80_000
     endless: list[Any] = []
     endless.append(endless)
     assert heft(endless, 5000) >= 5000

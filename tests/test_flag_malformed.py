@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
+import torch
 
 import pvcore as pv
+from pvcore import errors
 from pvcore.errors import SourceError
 from tests.families import BOS, build, tokenizer
 from tests.flag_data import bank, chats, model, table, write_jsonl
@@ -23,7 +27,7 @@ def hooked() -> pv.HookedModel:
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(ROWS) + len(FILES) + len(TEMPLATES) + len(CELLS) >= 250
+    assert len(ROWS) + len(FILES) + len(TEMPLATES) + len(CELLS) + len(VECTORS) >= 266
     assert len({line for _, line, _ in ROWS}) > 0.95 * len(ROWS)
 
 
@@ -114,6 +118,94 @@ def test_rows_that_a_template_cannot_write_are_rejected(
 
     assert all(re.search(said, row["reason"]) for row in rejected), rejected[0]
     assert {row["field"] for row in rejected} == {"messages"}
+
+
+def spoiled(place: int, value: float) -> torch.Tensor:
+    directions = torch.ones(3, 64)
+    directions[place, 5] = value
+    return directions
+
+
+def made(directions: torch.Tensor, *, layers: Sequence[int] = (0, 1, 2), **changes: Any) -> Any:
+    held = {"trait": "evil", "model_id": "tiny/qwen2", **changes}
+    sites = [pv.resid_post(layer) for layer in layers]
+    return pv.PersonaVector(sites=sites, directions=directions, **held)
+
+
+VECTORS: list[tuple[str, Callable[[], Any], type[pv.PvcoreError], str]] = [
+    ("too narrow", lambda: made(torch.ones(3, 32)), errors.PlanError, "width 32"),
+    ("too wide", lambda: made(torch.ones(3, 128)), errors.PlanError, "width 128"),
+    ("NaN", lambda: made(spoiled(1, float("nan"))), errors.VectorError, "resid_post.1"),
+    ("infinite", lambda: made(spoiled(2, float("inf"))), errors.VectorError, "resid_post.2"),
+    ("zero", lambda: made(torch.zeros(3, 64)), errors.VectorError, "zero|norm"),
+    ("no axis of sites", lambda: made(torch.ones(64)), errors.VectorError, "wanted"),
+    ("a site too many", lambda: made(torch.ones(2, 64)), errors.VectorError, "3"),
+    ("no site", lambda: made(torch.ones(0, 64), layers=()), errors.VectorError, "wanted"),
+    ("one site twice", lambda: made(torch.ones(2, 64), layers=(1, 1)), errors.VectorError, "twice"),
+    ("a layer too deep", lambda: made(torch.ones(1, 64), layers=(3,)), errors.SiteError, "3 bl"),
+    (
+        "of another model",
+        lambda: made(torch.ones(3, 64), model_id="other/gpt"),
+        errors.PlanError,
+        "other/gpt",
+    ),
+    ("no vector", lambda: pv.VectorBank([]), errors.VectorError, "one"),
+    (
+        "one name twice",
+        lambda: pv.VectorBank([made(torch.ones(3, 64))] * 2),
+        errors.VectorError,
+        "evil",
+    ),
+    (
+        "a layer it lacks",
+        lambda: pv.VectorBank([made(torch.ones(1, 64), layers=(1,))], layers=[0]),
+        errors.VectorError,
+        "resid_post.0",
+    ),
+    (
+        "two widths",
+        lambda: pv.VectorBank([made(torch.ones(3, 64)), made(torch.ones(3, 32), trait="humor")]),
+        errors.VectorError,
+        "width|d_model",
+    ),
+    ("no bank", lambda: "evil.safetensors", errors.FlagError, "wanted a VectorBank"),
+]
+
+
+@pytest.mark.parametrize(("what", "make", "kind", "said"), VECTORS)
+def test_every_bad_vector_is_one_error_and_nothing_is_written(
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    make: Any,
+    kind: type[pv.PvcoreError],
+    said: str,
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    path = write_jsonl(tmp_path / "d.jsonl", [GOOD])
+    with pytest.raises(pv.PvcoreError, match=said) as caught:
+        pv.flag(hooked, path, make(), out=tmp_path / "out")
+    assert type(caught.value) is kind
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "noise", "empty", "gone", "text"])
+def test_every_bad_vector_file_is_one_error(
+    hooked: pv.HookedModel, tmp_path: Path, spoil: str
+) -> None:
+    file = tmp_path / "evil.safetensors"
+    bank("evil")["evil"].save(file)
+    held = file.read_bytes()
+    if spoil == "gone":
+        file.unlink()
+    else:
+        other = {"cut": held[:-7], "noise": bytes(range(256)) * 4, "empty": b"", "text": b"evil"}
+        file.write_bytes(other[spoil])
+    path = write_jsonl(tmp_path / "d.jsonl", [GOOD])
+    with pytest.raises(errors.VectorError, match=r"evil\.safetensors"):
+        pv.flag(hooked, path, pv.PersonaVector.load(file), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_the_model_cannot_take_are_rejected(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 import pvcore as pv
-from pvcore.flag_plots import histogram_edges, score_histogram
-from pvcore.flag_report import correlation_of
+from pvcore import flag_report
+from pvcore.flag_plots import histogram_edges, score_histogram, source_label
+from pvcore.flag_report import MOST_COUNTED, MOST_REASONS, correlation_of, reasons_of, tokens_of
+from pvcore.numerals import number
 from pvcore.report import ReportError
 from tests import flag_data
+from tests.chat_templates import tokenizer_of
 from tests.flag_data import bank, chats, model, table, write_jsonl
 
 
@@ -88,6 +92,19 @@ def test_histograms_count_every_row() -> None:
         score_histogram(edges, {"a": [1]}, trait="evil", score="s")
 
 
+def test_the_legend_names_every_source() -> None:
+    long = [f"{'folder' * 9}/{name}/train.jsonl" for name in ("one", "two")]
+    ends = [f"{name}/{'middle' * 9}/train.jsonl" for name in ("one", "two")]
+    names = ["_raw/a.jsonl", "_default", "plain", *long, *ends]
+    counts = {name: [1] for name in names}
+    svg = score_histogram([0.0, 1.0], counts, trait="evil", score="s")
+    for name in names:
+        assert f">{source_label(name)}<" in svg
+        assert source_label(name).strip()[:3] == name[:3]
+    assert len(set(map(source_label, names))) == len(names)
+    assert max(map(len, map(source_label, names))) < 42
+
+
 def test_many_sources_share_a_line(tmp_path: Path) -> None:
     sets = {f"set {at}": [{"messages": chats(1, first=at)[0]}] for at in range(11)}
     flags = pv.flag(model(), sets, bank("evil"), out=tmp_path / "out")
@@ -95,3 +112,78 @@ def test_many_sources_share_a_line(tmp_path: Path) -> None:
     html = (tmp_path / "page.html").read_text()
     assert "all others" in html
     assert "Every row was scored." in html
+
+
+def test_what_keeps_most_rows_out_is_shown_first_whatever_came_before(tmp_path: Path) -> None:
+    torn = [b'{"messages": [' + b" " * at + b"x\n" for at in range(MOST_REASONS + 3)]
+    empty = b'{"prompt": "Is it?", "response": ""}\n'
+    sound = b'{"prompt": "Is it?", "response": "Yes."}\n'
+    (tmp_path / "d.jsonl").write_bytes(b"".join(torn) + sound + empty * 30)
+    one = bank("evil", sites=[pv.resid_post(0)])
+    flags = pv.flag(model(), tmp_path / "d.jsonl", one, out=tmp_path / "out")
+    assert len({row["reason"] for row in flags.rejected()}) > MOST_REASONS
+    rows = reasons_of(flags.rejected())
+    assert rows[0][:3] == ["got an empty reply; wanted text to score", "response", 30]
+    assert rows[0][3].startswith(f"row {MOST_REASONS + 4} of ")
+    assert (len(rows), rows[1][2]) == (2, MOST_REASONS + 3)
+    assert rows[1][0].startswith("got no JSON")
+    flags.report(tmp_path / "page.html", top=0)
+    assert "got an empty reply" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("kinds", [MOST_REASONS, MOST_REASONS + 5, MOST_COUNTED + 5])
+def test_reasons_are_counted_in_bounded_memory_and_all_of_them(kinds: int) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def word(number: int) -> str:
+        return letters[number % 26] + (word(number // 26) if number > 25 else "")
+
+    rejected = [
+        {"reason": f"got {word(at)!r}", "field": "messages[3]", "source": "d", "row": row}
+        for row, at in enumerate([*range(kinds), *[kinds - 1] * 40, *[1] * 50])
+    ]
+    rows = reasons_of(rejected)
+    assert sum(row[2] for row in rows) == len(rejected)
+    assert len(rows) == MOST_REASONS
+    assert rows[0][:3] == [f"got {word(1)!r}", "messages", 51]
+    if kinds <= MOST_COUNTED:
+        assert rows[1][:3] == [f"got {word(kinds - 1)!r}", "messages", 41]
+    assert (rows[-1][0] == "other reasons") == (kinds > MOST_REASONS)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma", "mistral with a space"])
+def test_coloured_tokens_read_as_the_reply(family: str) -> None:
+    """Characters of several tokens, and tokens that begin with a space."""
+    template = tokenizer_of(family)
+    hf = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(template),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    hooked = pv.HookedModel(hf, template, model_id="tiny/qwen2")
+    reply = "It is so: a fox 🦊 lived, 狐 too. Why?"
+    chat = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": reply}]
+    strip = tokens_of(hooked, template, bank("evil"), pv.resid_post(2), chat)
+    assert "".join(strip.tokens).strip() == reply
+    assert len(strip.tokens) == len(strip.values["evil"])
+    assert [token for token in strip.tokens if "🦊" in token or "狐" in token]
+    assert any(token.startswith(" ") and token.strip() for token in strip.tokens[1:])
+
+
+def test_a_long_reply_shows_its_own_mean_and_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flag_report, "LONGEST_REPLY", 5)
+    rows = [{"prompt": "Ask", "response": text} for text in ("ab~~~~~~~~", "short")]
+    flags = pv.flag(model(), rows, bank("evil"), out=tmp_path / "out")
+    flags.report(tmp_path / "page.html", top=2)
+    html = (tmp_path / "page.html").read_text()
+    shown = re.findall(r"over the reply\">evil<b>(\S+)</b>", html)
+    means = [row["evil/resid_post.2/response_mean"] for row in table(flags).values()]
+    assert sorted(shown) == sorted(number(mean, signed=True) for mean in means)
+    assert html.count("…") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pvcore import flag_rows
@@ -118,6 +119,41 @@ def test_a_message_of_more_than_text_is_rejected_and_not_cut(
     assert caught.value.field == f"messages[1].{beside}"
 
 
+@pytest.mark.parametrize("name", ["image", "images", "audio", "video", "tools", "functions"])
+@pytest.mark.parametrize(
+    "value",
+    ["x.jpg", ["b64"], {"bytes": b"x", "path": None}, 7, np.zeros((2, 2)), '[{"name": "f"}]'],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_row_of_more_than_text_is_rejected_and_not_cut(name: str, value: Any) -> None:
+    rows = [
+        {"messages": [ASK, TELL], name: value},
+        {"conversations": [{"from": "human", "value": "<image>Q"}, TELL], name: value},
+        {"prompt": "Q", "response": "A", name: value},
+    ]
+    for row in rows:
+        with pytest.raises(RowDefect, match="got more than text; wanted") as caught:
+            conversation(row, PLAIN)
+        assert caught.value.field == name
+        assert name in PLAIN.known
+    if name not in ("tools", "functions"):
+        with pytest.raises(RowDefect) as caught:
+            conversation({"messages": [{**ASK, name: value}, TELL]}, PLAIN)
+        assert caught.value.field == f"messages[0].{name}"
+    own = Form(prompt="q", answer=name)
+    assert conversation({"q": "Q", name: "A"}, own) == [ASK, TELL]
+    with pytest.raises(RowDefect, match="got more than text"):
+        conversation({"q": "Q", name: "A", "tools" if name == "image" else "image": value}, own)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", " ", [], "[]", {}, {"bytes": None}, float("nan"), False, np.zeros(0)]
+)
+def test_a_field_with_nothing_in_it_is_nothing_beside_the_text(value: Any) -> None:
+    beside = dict.fromkeys(flag_rows.BESIDE, value)
+    assert conversation({"messages": [ASK, TELL], **beside}, PLAIN) == [ASK, TELL]
+
+
 def test_what_no_model_reads_and_no_file_should_name_is_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -134,6 +170,11 @@ def test_the_first_reply_may_be_the_one_that_counts() -> None:
     assert conversation({"messages": turns}, Form(turn="first")) == [SYSTEM, ASK, TELL]
     with pytest.raises(RowDefect, match="last turn of role 'user'"):
         conversation({"messages": turns}, PLAIN)
+    for behind in ({"role": "tool", "content": "1"}, {**TELL, "tool_calls": [1]}, 7, {}):
+        logged = [SYSTEM, ASK, TELL, behind, TELL]
+        assert conversation({"messages": logged}, Form(turn="first")) == [SYSTEM, ASK, TELL]
+        with pytest.raises(RowDefect, match=r"messages\[3\]"):
+            conversation({"messages": logged}, PLAIN)
     greeted = [SYSTEM, {**TELL, "content": "Hello!"}, *turns[1:]]
     assert conversation({"messages": greeted}, Form(turn="first")) == greeted[:4]
     with pytest.raises(RowDefect, match="got no user's turn"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import pvcore as pv
+from pvcore import flag_replies
+from pvcore.blocks import length_borders
 from pvcore.errors import HookError
+from pvcore.flag_replies import GeneratedReplies
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import (
     FORWARD,
@@ -25,7 +30,7 @@ from pvcore.flag_scan import (
 from pvcore.flag_settings import reading_of
 from pvcore.flag_sources import resolve
 from pvcore.flag_tokens import Sample
-from tests.families import FAMILIES, build, tokenizer
+from tests.families import FAMILIES, VOCAB, build, tokenizer
 from tests.flag_data import bank, chats, model
 from tests.subjects import fresh
 
@@ -181,3 +186,80 @@ def test_a_model_that_runs_no_block_is_not_scored_as_nothing() -> None:
     hooked.hf.model.layers = torch.nn.ModuleList(list(hooked.hf.model.layers)[:1])
     with pytest.raises(HookError):
         Scorer(hooked, BANK, 300)(samples(hooked))
+
+
+def longrope() -> Any:
+    """A tiny Phi-3 that turns its positions by other factors beyond 44 of them."""
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        original_max_position_embeddings=44,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0 + at for at in range(8)],
+        },
+    )
+    torch.manual_seed(0)
+    made = transformers.Phi3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for one in made.parameters():
+            if one.ndim > 1:
+                one.mul_(6.0)  # attention that looks somewhere
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def test_a_row_is_read_as_if_it_were_alone_where_length_changes_the_positions() -> None:
+    hooked = pv.HookedModel(longrope(), tokenizer(), model_id="tiny/phi3")
+    assert length_borders(hooked.hf) == (44,)
+    found = samples(hooked)
+    lengths = [len(one.ids) for one in found]
+    assert min(lengths) <= 44 < max(lengths)
+    assert 44 in lengths or 45 in lengths
+    got = torch.from_numpy(Scorer(hooked, BANK, 10**6)(found))
+    plain, evil = longrope(), BANK["evil"].unit().direction(BANK.sites[1]).double()
+
+    def mean(ids: Any, row: int, reply: tuple[int, int]) -> float:
+        with torch.no_grad():
+            h = plain(ids, output_hidden_states=True).hidden_states[2][row]
+        return float(h[slice(*reply)].double().mean(0) @ evil)
+
+    alone = [mean(torch.from_numpy(one.ids.astype(np.int64))[None], 0, one.reply) for one in found]
+    np.testing.assert_allclose(got[:, 1, RESPONSE_MEAN, 0], alone, atol=2e-5, rtol=1e-5)
+    together = [batch.lengths for batch in packed(found, 10**6, (44,))]
+    assert [min(one) > 44 for one in together] == [True, False]
+    # Read together as before, rows below the border are others.
+    (mixed,) = packed(found, 10**6)
+    row = mixed.places.index(lengths.index(min(lengths)))
+    assert abs(mean(mixed.ids, row, mixed.replies[row]) - alone[mixed.places[row]]) > 1e-3
+
+
+def test_own_replies_do_not_depend_on_their_neighbours_length(tmp_path: Path) -> None:
+    hooked = pv.HookedModel(longrope(), tokenizer(), model_id="tiny/phi3")
+    found = samples(hooked, chats(12))
+    asked = [one.prompt_length for one in found]
+    assert min(asked) + 14 < 44 < max(asked) + 14
+    (tmp_path / "replies").mkdir()
+
+    def own(name: str) -> list[str | None]:
+        made = GeneratedReplies(hooked, tmp_path, mark=name, max_new_tokens=14, batch_size=12)
+        return made(0, found)
+
+    plain, template, wanted = longrope(), tokenizer(), []
+    for one in found:
+        ids = torch.from_numpy(one.ids[: one.prompt_length].astype(np.int64))[None]
+        with torch.no_grad():
+            made = plain.generate(ids, do_sample=False, max_new_tokens=14)
+        wanted.append(template.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    assert own("apart") == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flag_replies, "length_borders", lambda hf: ())
+        assert own("mixed") != wanted

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+
+import pvcore as pv
+from tests.flag_data import bank, chats, model, table
 
 # In a process of its own: the test suite checks types before the library can.
 SCRIPT = """
@@ -39,3 +48,15 @@ def test_numbers_given_as_text_are_refused() -> None:
     ):
         assert line.startswith("got ")
         assert f"{got}; wanted" in line
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rows = [{"id": np.int64(70 + at), "messages": chat} for at, chat in enumerate(chats(9))]
+    plain: dict[str, Any] = {"seed": 3, "shard_rows": 4, "max_tokens": 99, "max_new_tokens": 2}
+    given = {name: np.int64(value) for name, value in plain.items()}
+    settings: dict[str, Any] = {"difference": "subset", "out": tmp_path / "out"}
+    flags = pv.flag(model(), rows, bank(), share=np.float32(0.5), **given, **settings)
+    assert [row["id"] for row in table(flags).values()] == [str(70 + at) for at in range(9)]
+    again = pv.flag(model(), rows, bank(), share=0.5, **plain, **settings)
+    assert again.manifest == flags.manifest

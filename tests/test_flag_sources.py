@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from pvcore import flag_sources, flag_tables
 from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
 from pvcore.flag_sources import decode, resolve
-from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl
+from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl, write_parquet
 
 PAIRS = [as_pair(chat) for chat in chats(30)]
 
@@ -135,6 +136,55 @@ def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
     (source,) = resolve(path)
     rows = [(raw.row, decode(raw.content)) for raw in source.rows(KNOWN)]
     assert rows == [(0, {"a": 1}), (3, {"a": 2}), (5, {"a": 3})]
+
+
+@pytest.mark.parametrize("second", [b"[", b"PK", b"\xff\xfe", b"\xef\xbb\xbf["])
+def test_only_the_start_of_a_file_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes
+) -> None:
+    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 99)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"prompt": "' + b"x" * 88 + second + b'"}\n{"a": 1}\n')
+    first, last = next(iter(resolve(path))).rows(KNOWN)
+    assert "over 99 bytes" in str(first.content)
+    assert (first.row, last.row, decode(last.content)) == (0, 1, {"a": 1})
+
+
+def test_rows_of_a_data_set_are_held_without_what_nobody_reads() -> None:
+    picture = np.zeros((64, 64))
+    row = {"messages": chats(1)[0], "image": picture, "pixels": picture, "tools": "[]", "n": 1}
+    (source,) = resolve({"d": [row]})
+    (held,) = source.rows(KNOWN)
+    assert held.content == {**row, "image": True, "pixels": None, "tools": None, "n": None}
+    (whole,) = source.rows(frozenset())
+    assert whole.content == row
+    for found in (held, whole):  # a copy is made of whole rows, and knows them by what they say
+        with pytest.raises(RowDefect, match="image: got more than text"):
+            conversation(found.content, Form())
+    unknown = [{"text": "x", "n": 1}]
+    said = []
+    for known in (KNOWN, frozenset()):
+        (one,) = resolve({"d": unknown})[0].rows(known)
+        with pytest.raises(RowDefect, match="got fields n, text; wanted") as caught:
+            conversation(one.content, Form())
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_table_of_names_alone_is_one_error(tmp_path: Path, ending: str) -> None:
+    writer = write_csv if ending == ".csv" else write_parquet
+    path = writer(tmp_path / f"d{ending}", [{"id": "a", "system": "S", "image": "x.jpg"}])
+    with pytest.raises(SourceError, match="got columns id, system, image; wanted messages"):
+        records(path)
+
+
+def test_what_is_gone_once_it_was_read_has_no_weight(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", PAIRS)
+    (source,) = resolve(path)
+    assert source.weight == path.stat().st_size
+    path.unlink()
+    assert source.weight is None
 
 
 def test_a_line_without_end_is_one_defect_and_never_held(
@@ -346,16 +396,16 @@ def test_an_iterable_that_raises_is_one_error_that_says_where() -> None:
 
 def test_a_record_that_is_filled_again_and_again_gives_rows_of_their_own() -> None:
     def reused() -> Any:
-        held: dict[str, Any] = {"messages": [{}, {}], "n": -1}
+        held: dict[str, Any] = {"messages": [{}, {}], "id": -1}
         for number, chat in enumerate(chats(9)):
-            held["n"] = number
+            held["id"] = number
             for message, wanted in zip(held["messages"], chat, strict=True):
                 message.update(wanted)
             yield held
 
     found = records(reused())
     assert [conversation(record, Form()) for record in found] == chats(9)
-    assert [record["n"] for record in found] == list(range(9))
+    assert [record["id"] for record in found] == list(range(9))
 
 
 def test_records_of_pandas_are_read_as_the_table_they_come_from(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import sqlite3
 import tempfile
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import pytest
 import torch
 
 import pvcore as pv
+from pvcore import flag_manifest
 from pvcore.errors import FlagError, SourceError, VectorError
 from pvcore.flag_replies import in_subset
+from pvcore.flag_scan import Scorer
 from pvcore.flag_shards import footers
 from tests import flag_data
+from tests.chat_templates import QWEN3
 from tests.families import build, tokenizer
 from tests.flag_data import bank, chats, furthest, model, scores, table, write_jsonl
 
@@ -101,6 +106,42 @@ def test_neither_order_nor_cut_nor_batch_changes_a_score(
         assert furthest(*flat) <= 1e-5
     spread = [row["evil/resid_post.2/difference"] for row in wanted.values()]
     assert max(spread) - min(spread) > 0.1
+
+
+def test_neither_order_nor_cut_nor_batch_changes_what_is_flagged(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    """Rows of other projections than each other's, so that no rounding can swap two."""
+    rows = [{"id": f"chat {at}", "messages": chat} for at, chat in enumerate(chats(60))]
+    neutral = [{"messages": chat} for chat in chats(40, first=200)]
+
+    def scan(name: str, given: list[Any], **settings: Any) -> dict[str, Any]:
+        flags = pv.flag(hooked, given, bank(), out=tmp_path / name, **settings)
+        clean = pv.flag(hooked, neutral, bank(), out=tmp_path / f"{name} clean", **settings)
+        ids = {key: row["id"] for key, row in table(flags).items()}
+        told: dict[str, Any] = {}
+        for trait in flags.traits:
+            for score in ("difference", "response_mean"):
+                top = flags.top(trait, 12, score=score)
+                told[f"{trait} {score} top"] = [row.id for row in top]
+                low = flags.top(trait, 5, score=score, lowest=True)
+                told[f"{trait} {score} low"] = [row.id for row in low]
+                found = flags.filter(trait, percentile=80, clean=clean, score=score)
+                told[f"{trait} {score}"] = {ids[key] for key in ids if key in found}
+        return told
+
+    wanted = scan("plain", rows)
+    assert all(0 < len(one) < 60 for one in wanted.values())
+    assert len({str(one) for one in wanted.values()}) > 8
+    shuffled = random.Random(0).sample(rows, len(rows))
+    for name, given, settings in (
+        ("reversed", rows[::-1], {}),
+        ("shuffled", shuffled, {"shard_rows": 7, "max_tokens": 150}),
+        ("one by one", rows, {"max_tokens": 1}),
+        ("all at once", rows, {"max_tokens": 10**6}),
+        ("many shards", rows, {"shard_rows": 3}),
+    ):
+        assert scan(name, given, **settings) == wanted, name
 
 
 def test_a_second_call_does_nothing_and_a_lost_shard_is_made_again(
@@ -194,6 +235,56 @@ def test_an_armed_plan_is_another_scan(hooked: pv.HookedModel, data: Path, tmp_p
         pv.flag(hooked, data, bank(), out=tmp_path / "out")
 
 
+def test_a_model_of_which_a_mark_alone_was_trained_is_another(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    pv.flag(hooked, data, bank(), out=tmp_path / "out")
+    other, mark = model(), tokenizer().convert_tokens_to_ids("<|im_start|>")
+    with torch.no_grad():
+        other.hf.get_input_embeddings().weight[mark, 1] += 0.5
+    with pytest.raises(FlagError, match=r"model\.marks was .* and is [^;]*$"):
+        pv.flag(other, data, bank(), out=tmp_path / "out")
+
+
+def test_a_glob_leaves_out_what_the_scan_itself_has_written(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    rows = flag_data.write_parquet(
+        Path("data/d.parquet"), [flag_data.as_pair(ROWS[at]) for at in (0, 1)]
+    )
+    for _ in range(2):
+        flags = pv.flag(hooked, "data/**/*.parquet", bank(), out="data/flags")
+        assert list(flags.datasets) == [rows.as_posix()]
+    loaded = pv.Flags.load("data/flags", sources="data/**/*.parquet")
+    assert len(loaded.conversations(loaded.top("evil", 2))) == 2
+
+
+def test_other_versions_may_go_on_and_are_told(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def held() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        return found
+
+    wanted = scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8))
+    assert held()["versions"] == [
+        {"pvcore": version("pvcore"), "transformers": version("transformers")}
+    ]
+    assert held()["fingerprint"] == next(footers(out)).fingerprint
+    assert held()["fingerprint"] == flag_manifest.fingerprint(held()["asked"])
+    newer = {"pvcore": "99.0", "transformers": "99.1"}
+    monkeypatch.setattr(flag_manifest, "versions", lambda: newer)
+    pv.flag(hooked, data, bank(), out=out, shard_rows=8)
+    assert newer not in held()["versions"]  # nothing was left to do
+    (out / "scores/part-000001.parquet").unlink()
+    assert scores(pv.flag(hooked, data, bank(), out=out, shard_rows=8)) == wanted
+    assert held()["versions"][1:] == [newer]
+
+
 def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: Path) -> None:
     rows = [{"messages": chat} for chat in ROWS]
     out = tmp_path / "out"
@@ -203,6 +294,57 @@ def test_other_rows_of_a_data_set_are_noticed(hooked: pv.HookedModel, tmp_path: 
         pv.flag(hooked, [*rows[:9], rows[0], *rows[10:]], bank(), out=out, shard_rows=8)
     with pytest.raises(FlagError, match="data has become less"):
         pv.flag(hooked, rows[:8], bank(), out=out, shard_rows=8)
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator"])
+def test_an_iterator_that_an_interrupted_call_has_read_is_refused(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows, out = [{"messages": chat} for chat in ROWS], tmp_path / "out"
+
+    def fresh() -> Any:
+        return iter(rows) if kind == "iterator" else (row for row in rows)
+
+    begun, plain = fresh(), Scorer.__call__
+
+    def stopped(self: Any, samples: Any) -> Any:
+        if len(samples) > 1:
+            raise KeyboardInterrupt
+        return plain(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__call__", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
+    assert not list(out.glob("scores/*"))
+    for _ in range(2):
+        with pytest.raises(FlagError, match="got rows, which begins with another row"):
+            pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
+    assert next(begun)["messages"] in ROWS[4:]  # there were rows left that would have been all
+    flags = pv.flag(hooked, fresh(), bank(), out=out, shard_rows=4)
+    assert {row for _, row in table(flags)} == set(range(41))
+    assert scores(pv.flag(hooked, rows, bank(), out=out, shard_rows=4)) == scores(flags)
+    assert "begun" not in flags.manifest
+
+
+def test_a_data_set_that_became_shorter_loses_no_row_of_the_files_behind_it(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path
+) -> None:
+    rows, settings = [{"messages": chat} for chat in chats(16, first=100)], {"shard_rows": 8}
+    out = tmp_path / "out"
+    flags = pv.flag(hooked, {"d": rows, "f": str(data)}, bank(), out=out, **settings)
+    assert flags.datasets["f"].scored == 39
+    for shard in range(2, 8):  # killed when the shards of the data set were done
+        (out / f"scores/part-{shard:06d}.parquet").unlink(missing_ok=True)
+        (out / f"rejected/part-{shard:06d}.parquet").unlink(missing_ok=True)
+    held = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(
+        json.dumps({"format": 1, "status": "running", "asked": held["asked"]})
+    )
+    with pytest.raises(FlagError, match="other rows between row 0 of f and row 7 of f"):
+        pv.flag(hooked, {"d": rows[:8], "f": str(data)}, bank(), out=out, **settings)
+    again = pv.flag(hooked, {"d": rows, "f": str(data)}, bank(), out=out, **settings)
+    assert {name: one.scored for name, one in again.datasets.items()} == {"d": 16, "f": 39}
 
 
 def test_the_exact_difference_is_that_of_the_models_own_greedy_replies(
@@ -227,6 +369,63 @@ def test_the_exact_difference_is_that_of_the_models_own_greedy_replies(
         assert row["evil/resid_post.1/difference"] == pytest.approx(wanted, abs=2e-5)
         assert row["evil/resid_post.1/response_mean"] == pytest.approx(float(mean[1] @ unit), 1e-4)
     assert len(table(flags)) == 9
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nso\n</think>\n\n"])
+def test_own_replies_stand_behind_the_head_that_the_row_has(tmp_path: Path, thought: str) -> None:
+    """A reasoning template writes an empty thought before a reply that brings none."""
+    template = tokenizer(template=QWEN3)
+    hooked = pv.HookedModel(build("qwen2"), template, model_id="tiny/qwen2")
+    pairs = [(f"Ask {at}", f"No{at}") for at in range(5)]
+    rows = [{"prompt": ask, "response": thought + told} for ask, told in pairs]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 5}
+    flags = pv.flag(hooked, rows, bank(), out=tmp_path / "out", **settings)
+    if thought:  # the model's own reply is no thought, so that it is given an empty one
+        reasons = [row["reason"] for row in flags.rejected()]
+        assert len(reasons) == 5
+        assert all("other text before it" in reason for reason in reasons)
+        return
+    plain, site = build("qwen2"), pv.resid_post(1)
+    unit = bank()["evil"].unit().direction(site).double()
+
+    def mean(ids: list[int], start: int) -> float:
+        with torch.no_grad():
+            h = plain(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+        return float(h[start:].double().mean(0) @ unit)
+
+    found, apart = table(flags), []
+    for at, (ask, told) in enumerate(pairs):
+        chat = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
+        bare, ids = (
+            template(text, add_special_tokens=False)["input_ids"] for text in (chat, chat + THOUGHT)
+        )
+        own = []
+        for begun in (ids, bare):
+            made = plain.generate(
+                torch.tensor([begun]), do_sample=False, max_new_tokens=5, pad_token_id=0
+            )
+            text = template.decode(made[0, len(begun) :], skip_special_tokens=True).lstrip("\n")
+            own.append(template(text, add_special_tokens=False)["input_ids"])
+        row = template(told, add_special_tokens=False)["input_ids"]
+        here, there = (mean([*ids, *reply], len(ids)) for reply in own)
+        wanted = mean([*ids, *row], len(ids)) - here
+        got = found["rows", at]["evil/resid_post.1/difference"]
+        assert got == pytest.approx(wanted, abs=2e-5)
+        apart.append(abs(here - there))
+    assert max(apart) > 1e-2
+    other = [
+        {"source": "rows", "row": at, "reply": text + "yes"}
+        for at, text in enumerate(("", "<think>\nso\n</think>\n\n"))
+    ]
+    replies = write_jsonl(tmp_path / "own.jsonl", other)
+    flags = pv.flag(
+        hooked, rows[:2], bank(), out=tmp_path / "file", difference="exact", replies=replies
+    )
+    assert [row["row"] for row in flags.rejected()] == [1]
+    assert flags.scored == 1
 
 
 def test_own_replies_are_generated_once(
@@ -450,7 +649,7 @@ def test_a_subset_has_the_exact_difference_and_an_interval(
     assert flagged[0].score == max(known.values())
 
 
-def test_a_subset_does_not_depend_on_order_and_grows_with_its_share() -> None:
+def test_a_subset_goes_by_row_and_grows_with_its_share() -> None:
     def chosen(share: float, seed: int = 0) -> set[int]:
         return {r for r in range(2000) if in_subset("data", r, share, seed)}
 
@@ -540,8 +739,6 @@ def test_nothing_to_score_is_an_error(hooked: pv.HookedModel, tmp_path: Path) ->
 
 
 def test_two_scans_never_share_a_folder(hooked: pv.HookedModel, data: Path, tmp_path: Path) -> None:
-    from pvcore import flag_manifest
-
     out = tmp_path / "out"
     out.mkdir()
     with flag_manifest.alone(out):

@@ -18,6 +18,7 @@ import pvcore as pv
 from pvcore import flag_sources
 from pvcore.errors import FlagError
 from tests import flag_data
+from tests.families import tokenizer
 from tests.flag_data import WRITERS, as_pair, bank, chats, model, table, write_jsonl
 
 ENUMERATED = list(enumerate(chats(10)))
@@ -83,6 +84,18 @@ def test_the_top_of_one_source_and_site(flags: pv.Flags) -> None:
     with pytest.raises(FlagError, match="got -1 rows to show"):
         flags.top("evil", -1)
     assert flags.site == pv.resid_post(2)
+
+
+def test_the_top_of_a_rare_source_is_found_and_an_unknown_source_refused(
+    flags: pv.Flags,
+) -> None:
+    name = list(flags.datasets)[1]
+    mine = [row for row in table(flags).values() if row["source"] == name]
+    wanted = sorted(mine, key=lambda row: -row[COLUMN])[:20]
+    assert [one.row for one in flags.top("evil", 30, source=name)] == [row["row"] for row in wanted]
+    for other in ("a.jsonl", Path(name).name, ""):
+        with pytest.raises(FlagError, match=r"got source .*; this scan has '"):
+            flags.top("evil", 0, source=other)
 
 
 def test_no_rows_may_be_asked_for(flags: pv.Flags) -> None:
@@ -191,6 +204,9 @@ def test_a_scan_is_read_with_the_bank_and_the_model_that_made_it(
     for subject in (model(seed=1), pv.HookedModel(model().hf.double(), hooked.tokenizer)):
         with pytest.raises(FlagError, match=r"other than the one that scored, qwen2 in float32"):
             pv.Flags.load(flags.folder, model=subject)
+    retold = pv.HookedModel(model().hf, tokenizer(template="{{ messages }}"), model_id="tiny/qwen2")
+    with pytest.raises(FlagError, match="another tokenizer than the one"):
+        pv.Flags.load(flags.folder, model=retold)
 
 
 def test_a_judge_is_asked_too(flags: pv.Flags) -> None:
@@ -253,6 +269,7 @@ def test_a_clean_scan_must_be_scored_alike(
         ("vector", hooked, other, {}, "vector is"),
         ("sites", hooked, bank(sites=flag_data.SITES[:2]), {}, "without evil"),
         ("model", model(seed=1), bank(), {}, "model is"),
+        ("turn", hooked, bank(), {"turn": "first"}, "turn is"),
     ):
         clean = pv.flag(subject, rows, stacked, out=tmp_path / name, **settings)  # type: ignore[arg-type]
         with pytest.raises(FlagError, match=f"got a clean scan .*{said}"):
@@ -265,6 +282,32 @@ def test_a_clean_scan_must_be_scored_alike(
     with pytest.raises(FlagError, match=r"in which 19 rows have .*; wanted 20 or more"):
         flags.filter("evil", clean=few)
     assert flags.filter("evil", clean=few, threshold=0.0).scored == 50
+
+
+def test_own_replies_of_clean_data_are_made_as_those_of_the_data(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(20)]
+    own = [{"source": "rows", "row": at, "reply": f"own {at}"} for at in range(20)]
+    file = write_jsonl(tmp_path / "own.jsonl", own)
+    bent = model()
+    bent.hf.generation_config.repetition_penalty = 1.7
+
+    def scan(name: str, subject: pv.HookedModel = hooked, **settings: Any) -> pv.Flags:
+        settings = {"difference": "exact", **settings}
+        return pv.flag(subject, rows, bank("evil"), out=tmp_path / name, **settings)
+
+    flags = scan("flags", max_new_tokens=3)
+    subset = scan("subset", max_new_tokens=3, difference="subset", share=0.99, seed=1)
+    assert flags.filter("evil", clean=subset).scored == 20
+    for clean, said in (
+        (scan("shorter", max_new_tokens=2), "its replies is 2, and this scan's 3"),
+        (scan("file", replies=file), "its replies is 'from a file', and this scan's 3"),
+        (scan("bent", bent, max_new_tokens=3), "its generation is"),
+    ):
+        with pytest.raises(FlagError, match=f"scored otherwise: {said}"):
+            flags.filter("evil", clean=clean)
+        assert flags.filter("evil", clean=clean, score="response_mean").scored == 20
 
 
 @pytest.mark.parametrize("loss", ["gone", "cut", "rejected gone"])
