@@ -76,14 +76,17 @@ def test_without_a_gpu_the_record_has_no_figure_and_says_why(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", kernels.PAIRS)
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize("t", [1, 5, 40])
-def test_an_op_and_every_way_by_hand_do_the_same(name: str, dtype: str, t: int) -> None:
+@pytest.mark.parametrize("called", kernels.WAYS)
+def test_an_op_and_every_way_by_hand_do_the_same(
+    name: str, dtype: str, t: int, called: str
+) -> None:
     pair = kernels.PAIRS[name]
 
     def operands() -> Operands:
         return Operands.of(t, 3, 64, kernels.DTYPES[dtype], requests=pair.requests)
 
     found = operands()
-    assert kernels.error_of(name, found) <= 1.0
+    assert kernels.error_of(name, found, called) <= 1.0
     assert torch.equal(found.h, operands().h) == (name == "project")
     for way in pair.hand:
         twin = operands()
@@ -104,7 +107,8 @@ def test_a_row_moved_that_has_no_request_is_an_error(monkeypatch: pytest.MonkeyP
         x.h[2] += 1e-3
 
     monkeypatch.setitem(kernels.PAIRS, name, replace(pair, op=careless))
-    assert kernels.error_of(name, Operands.of(8, 3, 64, torch.float32, requests="mixed")) > 1
+    rows = Operands.of(8, 3, 64, torch.float32, requests="mixed")
+    assert kernels.error_of(name, rows, "op") > 1
 
 
 def test_a_wrong_op_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,5 +122,5 @@ def test_a_wrong_op_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_quick_run_measures_every_pair() -> None:
     made = kernels.measure(kernels.QUICK, command="x")
     assert made.correct
-    assert len(made.cells) == 2 * 2 * len(kernels.PAIRS)
+    assert len(made.cells) == 2 * 2 * len(kernels.PAIRS) * len(kernels.WAYS)
     assert {cell.status for cell in made.cells.values()} == {"measured"}
