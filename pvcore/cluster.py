@@ -23,6 +23,7 @@ from pvcore.errors import FlagError
 from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion
 from pvcore.flag_manifest import fingerprint
+from pvcore.flag_progress import follow
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
 from pvcore.flag_settings import Settings, asked_of, check_subject, reading_of
@@ -161,6 +162,7 @@ def flag_on_ray(
     gpus: float | int = 0,
     address: str | None = None,
     check_model: bool = True,
+    progress: bool = False,
     **settings: Any,
 ) -> Flags:
     """Like `pv.flag`, on Ray Data: locally, or on the cluster at `address`.
@@ -186,7 +188,7 @@ def flag_on_ray(
     )
     prepare(folder)
     with flag_manifest.alone(folder):
-        _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address)
+        _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address, progress=progress)
     return Flags(folder, sources=job.sources, bank=stacked)
 
 
@@ -214,7 +216,13 @@ def _whole(path: Path | None) -> Path:
 
 
 def _run(
-    job: Job, *, actors: int, cpus: float | int, gpus: float | int, address: str | None
+    job: Job,
+    *,
+    actors: int,
+    cpus: float | int,
+    gpus: float | int,
+    address: str | None,
+    progress: bool,
 ) -> None:
     import ray
 
@@ -235,7 +243,8 @@ def _run(
         # A finished job handed to Ray may wait for ever: it gets only what is left to do.
         left = [shard for shard in range(count) if not _is_held(job.folder, shard, mark)]
         if left:
-            _map(job, left, min(actors, len(left)), cpus, gpus)
+            made_now = _map(job, left, min(actors, len(left)), cpus, gpus)
+            follow(made_now, job.folder, left, shown=progress)
         made = list(footers(job.folder))
         if [footer.shard for footer in made] != list(range(count)):
             raise FlagError(f"got {len(made)} of {count} shards; call again to make the others")
@@ -273,7 +282,7 @@ def _is_held(folder: Path, shard: int, mark: str) -> bool:
 
 def _map(
     job: Job, shards: Sequence[int], actors: int, cpus: float | int, gpus: float | int
-) -> None:
+) -> Iterator[int]:
     import ray.data
 
     # One block for each shard: Ray joins small inputs into one, which one actor would get.
@@ -287,8 +296,8 @@ def _map(
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    for _ in done.iter_rows():
-        continue
+    for row in done.iter_rows():
+        yield int(row["shard"])
 
 
 def count_shards(job: Job) -> int:

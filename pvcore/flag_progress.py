@@ -1,11 +1,12 @@
 """Progress of a scan: rows, tokens a second, time left, rejected rows."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from math import isnan
+from pathlib import Path
 
-from pvcore.flag_shards import Footer
+from pvcore.flag_shards import Footer, footer_of, footers
 from pvcore.numerals import number
 
 
@@ -49,3 +50,22 @@ def bar(*, shown: bool) -> Iterator[Callable[[Meter], None]]:
             progress.update(task, description=meter.text, total=total, completed=share)
 
         yield show
+
+
+def follow(made: Iterable[int], folder: Path, left: Collection[int], *, shown: bool) -> Meter:
+    """Show a scan that others do: which of the shards left come, as they are on the disk."""
+    meter, done = Meter(), 0
+    for footer in footers(folder):
+        if footer.shard not in left:
+            meter.add(footer, fresh=False)
+            done += 1
+    count = done + len(left)
+    with bar(shown=shown) as show:
+        for shard in made:
+            footer = footer_of(folder, shard)
+            assert footer is not None, "a shard is told when it is there"
+            meter.add(footer, fresh=True)
+            done += 1
+            meter.share = done / count
+            show(meter)
+    return meter

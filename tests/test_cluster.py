@@ -30,6 +30,7 @@ from pvcore.cluster import (
     refuse_too_few,
 )
 from pvcore.errors import FlagError
+from pvcore.flag_progress import follow
 from pvcore.flag_settings import Settings
 from pvcore.flag_shards import footers, prepare
 from pvcore.flag_sources import resolve
@@ -76,7 +77,14 @@ def test_shards_made_in_any_order_by_pickled_workers_are_those_of_one_process(
     for numbers in ([5, 6], [0], [8], [2, 1], [3, 4, 7], [5]):
         made = workers[numbers[0] % 2]({"shard": np.array(numbers)})
         assert made["shard"].tolist() == numbers
-    assert [footer.shard for footer in footers(work.folder)] == list(range(9))
+    made_now = list(footers(work.folder))
+    assert [footer.shard for footer in made_now] == list(range(9))
+    meter = follow(iter([7, 3]), work.folder, [3, 7, 8], shown=False)
+    held = [footer for footer in made_now if footer.shard != 8]
+    assert meter.rows == sum(footer.scored for footer in held) > 0
+    assert meter.rejected == sum(footer.rejected for footer in held)
+    assert meter.tokens == made_now[3].tokens + made_now[7].tokens > 0  # of what was made now
+    assert meter.share == 8 / 9
     for path in (tmp_path / "one").glob("*/*.parquet"):
         assert (work.folder / path.parent.name / path.name).exists()
     flags = pv.flag(
