@@ -62,9 +62,9 @@ def follow(made: Iterable[int], folder: Path, left: Collection[int], *, shown: b
     count = done + len(left)
     with bar(shown=shown) as show:
         for shard in made:
-            footer = footer_of(folder, shard)
-            assert footer is not None, "a shard is told when it is there"
-            meter.add(footer, fresh=True)
+            here = footer_of(folder, shard)
+            assert here is not None, "a shard is told when it is there"
+            meter.add(here, fresh=True)
             done += 1
             meter.share = done / count
             show(meter)
