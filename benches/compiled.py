@@ -12,12 +12,13 @@ import pvcore as pv
 from benches import lockstep, record, rounds
 from benches.arms import Reply, Task
 from benches.arms_checks import ERROR, differing, projection_error
-from benches.engines import cache_length, compiled_run, graphs_of, own_cache_run
+from benches.engines import compiled_run, graphs_of, own_cache_run
 from benches.loading import called, loaded
 from benches.overhead import ROWS as WORDS
 from benches.random_models import Shape, twin
 from benches.record import Cell, Check, Record
 from benches.tables import counted
+from pvcore.graph import room
 
 NAME = "compiled"
 COLUMN = "decoding"
@@ -205,14 +206,14 @@ def _timed(way: Ways, settings: Settings) -> dict[str, Cell]:
 
 
 def _workload(settings: Settings, task: Task) -> dict[str, record.Plain]:
-    columns = settings.prompt_tokens + settings.new_tokens
-    padded = cache_length(columns)
+    columns = settings.prompt_tokens + settings.new_tokens - 1
+    padded = room(columns)
     return {
         "ratio": (
             "CPU time of all that follows the first token, beside transformers' compiled "
             "generation on the same weights, the ways taking turns after each token; plain runs on "
             f"a static cache of {padded} columns, as the engine does, and on transformers' own of "
-            f"{columns - 1}"
+            f"{columns}"
         ),
         "model": called(settings.model, task.plain.config),
         "hidden": task.model.d_model,

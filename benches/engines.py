@@ -8,11 +8,9 @@ import torch
 
 import pvcore as pv
 from benches.arms import Reply, Run, Task
-from pvcore.graph import Mode, step_of
+from pvcore.graph import Mode, room, step_of
 
 Name = Literal["eager", "compiled", "graph"]
-# The engine's shortest cache, and where its lengths stop to be powers of two.
-SHORTEST, STRIDE = 256, 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +56,8 @@ def compiled_run(task: Task, hf: Any, graph: pv.Graph) -> Run:
     """
     from transformers import StaticCache
 
-    columns = task.given["input_ids"].shape[1] + task.new_tokens
-    cache = StaticCache(config=hf.config, max_cache_len=cache_length(columns))
+    columns = task.given["input_ids"].shape[1] + task.new_tokens - 1
+    cache = StaticCache(config=hf.config, max_cache_len=room(columns))
     how = _compiled_alone(hf, graph)
 
     def run(**extra: Any) -> Reply:
@@ -103,9 +101,3 @@ def graphs_of(run: Run, **extra: Any) -> tuple[Reply, int]:
 
 def _mode(graph: pv.Graph) -> str | None:
     return None if graph.mode == "default" else graph.mode
-
-
-def cache_length(columns: int) -> int:
-    """How long the graph engine's cache is for a prompt and its reply."""
-    length = max(SHORTEST, 1 << (columns - 1).bit_length())
-    return length if length <= STRIDE else -(-columns // STRIDE) * STRIDE

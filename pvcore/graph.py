@@ -31,7 +31,9 @@ from pvcore.transport import Transport
 MAX_STRUCTURES = 8
 # After 128 captures of one step torch gives up CUDA graphs for it, with a log line only.
 MAX_CACHES = 100
-_SHORTEST, _STRIDE = 256, 2048
+_SHORTEST, _STRIDE = 64, 2048
+# A cache is kept for shorter replies until it is longer than this times what they need.
+_SPARE = 2
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -183,7 +185,8 @@ class GraphEngine:
         self.hf, self.taps = hf, taps
         self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
         self._cache: Any = None
-        self._cache_key: Hashable = None
+        self._cache_kind: Hashable = None
+        self._cache_length = 0
 
     def generate(
         self,
@@ -219,7 +222,8 @@ class GraphEngine:
 
         The `MAX_STRUCTURES` newest are kept; an older one compiles again when it comes back.
         """
-        key = (graph, plan.structure(), self._cache_key, device, _hooks_on(self.hf))
+        kept = (self._cache_kind, self._cache_length)
+        key = (graph, plan.structure(), kept, device, _hooks_on(self.hf))
         step = self._steps.pop(key, None)
         if step is None or not step.takes(cache):
             resident = Resident(self.taps.key, plan, self.taps.decoder.d_model, device)
@@ -234,18 +238,30 @@ class GraphEngine:
     def empty_cache(self, batch: int, columns: int) -> Any:
         """A static cache of at least `columns`, emptied; the same one as long as it fits.
 
-        Lengths are powers of two, then multiples of 2048, so that prompts of different lengths
-        share a compiled step. Only the newest cache is kept: it may fill much of the device.
+        Only the newest cache is kept: it may fill much of the device. Another one costs a compiled
+        step, so that a longer one serves as well, up to twice the length.
         """
-        length = max(_SHORTEST, 1 << (columns - 1).bit_length())
-        if length > _STRIDE:
-            length = -(-columns // _STRIDE) * _STRIDE
-        kind = (self.hf.dtype, self.hf.device, torch.is_inference_mode_enabled())
-        if self._cache_key != (batch, length, *kind):
+        length = room(columns)
+        kind = (batch, self.hf.dtype, self.hf.device, torch.is_inference_mode_enabled())
+        fits = self._cache_kind == kind and length <= self._cache_length <= _SPARE * length
+        if not fits:
             self._cache = _static_cache(self.hf, length)
-            self._cache_key = (batch, length, *kind)
+            self._cache_kind, self._cache_length = kind, length
         self._cache.reset()
         return self._cache
+
+
+def room(columns: int) -> int:
+    """How long a cache for so many columns is made.
+
+    Attention reads all of it at every step, and each length is a step to compile: lengths are
+    powers of two and those half-way between, then multiples of 2048.
+    """
+    if columns > 2 * _STRIDE:
+        return -(-columns // _STRIDE) * _STRIDE
+    whole = max(_SHORTEST, 1 << (columns - 1).bit_length())
+    half_way = whole * 3 // 4
+    return half_way if _SHORTEST < columns <= half_way else whole
 
 
 class _Generation:

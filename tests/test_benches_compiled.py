@@ -26,7 +26,7 @@ def test_measures_every_way_beside_plain_compiled_generation() -> None:
     assert len(made.cells) == len(QUIET) + len(ROWS) * len(COLUMNS)
     assert {cell.status for cell in made.cells.values()} == {"measured"}
     assert {cell.n for cell in made.cells.values()} == {QUICK.larger}
-    assert "a static cache of 256 columns" in str(made.workload["ratio"])
+    assert "a static cache of 64 columns" in str(made.workload["ratio"])
     assert "transformers' own of 20" in str(made.workload["ratio"])
 
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, StaticCache
 
 from benches import gpu_grid, grid, grid_checks, lockstep, record, report
 from benches.arms import Reply, Task
-from benches.engines import Engine, cache_length
+from benches.engines import Engine, plain_run
 from benches.grid import QUICK
 from benches.grid_arms import AGAIN, IDLE, PLAIN, Way, compared, runs_of, ways
 from benches.grid_checks import References, Tape, check, relative
-from pvcore import graph
 
 CPU = torch.device("cpu")
 NO_GPU_HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="another version: a GPU is here")
@@ -214,20 +213,20 @@ def test_measures_the_shape_of_a_config(tmp_path: Path) -> None:
 def test_plain_compiled_generation_has_a_cache_as_long_as_the_engine_s(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
-    cache_of = graph._static_cache
+    lengths: list[int] = []
+    made = StaticCache.__init__
 
-    def noted(hf: Any, length: int) -> Any:
-        made.append(length)
-        return cache_of(hf, length)
+    def noted(self: StaticCache, *args: Any, **given: Any) -> None:
+        lengths.append(given["max_cache_len"])
+        made(self, *args, **given)
 
-    monkeypatch.setattr(graph, "_static_cache", noted)
-    columns = (20, 256, 257, 900, 2049, 4112)
-    for one in columns:
-        task.model._graphs.empty_cache(1, one)
-    # One cache serves as long as it fits.
-    assert made == list(dict.fromkeys(cache_length(one) for one in columns))
-    assert made == [256, 512, 1024, 4096, 6144]
+    monkeypatch.setattr(StaticCache, "__init__", noted)
+    engine = Engine.of("graph", torch.device("cpu"))
+    plain = plain_run(task, task.plain, engine)()
+    ours = task.model.generate_ids(list(task.prompts), engine=engine.graph, **task.settings)
+    assert torch.equal(torch.stack(ours), plain.tokens)
+    assert len(lengths) == 2
+    assert lengths[0] == lengths[1]
 
 
 @NO_GPU_HERE
