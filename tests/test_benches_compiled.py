@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import pvcore as pv
 from benches import compiled, engines, lockstep
 from benches.arms import Reply
 from benches.compiled import COLUMNS, QUICK, QUIET, ROWS, Ways
 from benches.random_models import twin
+from tests.static_caches import lengths_made
 
 
 @pytest.fixture
@@ -33,14 +33,7 @@ def test_measures_every_way_beside_plain_compiled_generation() -> None:
 def test_plain_s_own_cache_is_as_long_as_transformers_makes_it(
     ways: Ways, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths: list[int] = []
-    made = StaticCache.__init__
-
-    def noted(self: StaticCache, *args: Any, **given: Any) -> None:
-        lengths.append(given["max_cache_len"])
-        made(self, *args, **given)
-
-    monkeypatch.setattr(StaticCache, "__init__", noted)
+    lengths = lengths_made(monkeypatch)
     ways.runs["own"]()
     assert lengths == [QUICK.prompt_tokens + QUICK.new_tokens - 1]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, StaticCache
+from transformers import LlamaConfig
 
 from benches import gpu_grid, grid, grid_checks, lockstep, record, report
 from benches.arms import Reply, Task
@@ -18,6 +18,7 @@ from benches.engines import Engine, plain_run
 from benches.grid import QUICK
 from benches.grid_arms import AGAIN, IDLE, PLAIN, Way, compared, runs_of, ways
 from benches.grid_checks import References, Tape, check, relative
+from tests.static_caches import lengths_made
 
 CPU = torch.device("cpu")
 NO_GPU_HERE = pytest.mark.skipif(torch.cuda.is_available(), reason="another version: a GPU is here")
@@ -213,14 +214,7 @@ def test_measures_the_shape_of_a_config(tmp_path: Path) -> None:
 def test_plain_compiled_generation_has_a_cache_as_long_as_the_engine_s(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths: list[int] = []
-    made = StaticCache.__init__
-
-    def noted(self: StaticCache, *args: Any, **given: Any) -> None:
-        lengths.append(given["max_cache_len"])
-        made(self, *args, **given)
-
-    monkeypatch.setattr(StaticCache, "__init__", noted)
+    lengths = lengths_made(monkeypatch)
     engine = Engine.of("graph", torch.device("cpu"))
     plain = plain_run(task, task.plain, engine)()
     ours = task.model.generate_ids(list(task.prompts), engine=engine.graph, **task.settings)

@@ -244,11 +244,8 @@ def steer_project_into(
     Narrow rows that are all of one request are widened once for both.
     """
     wide, n_rows = accumulator(h.dtype), h.shape[0]
-    if h.dtype is wide or v.dtype is not wide or delta.dtype is not wide:
-        project(h, v, out=scores)
-        steer_into(out, h, delta, row)
-        return
-    low, high = extremes(row, n_rows)
+    narrow = h.dtype is not wide and v.dtype is wide and delta.dtype is wide
+    low, high = extremes(row, n_rows) if narrow else (-1, -1)
     if not 0 <= low == high < delta.shape[0]:
         project(h, v, out=scores)
         steer_into(out, h, delta, row)
