@@ -18,8 +18,9 @@ from pvcore.flag_sources import RawRow, Source
 from pvcore.flag_tokens import Reading, Rejected, Sample, said_by
 
 T = TypeVar("T")
-# Bytes of rows that pass together: more gains nothing, and a few portions are held at once.
-WINDOW = 1 << 23
+# Bytes of rows that pass together: more gains nothing, and a few portions are held at once. The
+# first are few, each twice the one before, so that scoring begins while most is still to be read.
+FIRST, WINDOW = 1 << 16, 1 << 23
 # About what an object of Python takes beside its content.
 OBJECT = 64
 # How long a thread that has nowhere to put its work sleeps before it looks whether anybody is left.
@@ -92,7 +93,8 @@ class Feed:
 
     def _read(self, shard: int, rows: Iterator[Row], total: float) -> Iterator[Portion]:
         digest = sha256()
-        for window, ends in _windows(rows, WINDOW):
+        # By the shard and not by the run: a shard made after a stop is cut as it always was.
+        for window, ends in _windows(rows, WINDOW if shard else min(FIRST, WINDOW), WINDOW):
             found, said = self.reading.samples(window, digest)
             yield Portion(
                 shard=shard,
@@ -145,10 +147,11 @@ class Feed:
         return passed / total if total else 1.0
 
 
-def _windows(rows: Iterable[Row], size: int) -> Iterator[tuple[list[Row], bool]]:
+def _windows(rows: Iterable[Row], size: int, most: int) -> Iterator[tuple[list[Row], bool]]:
     """Rows that hold so many bytes together, or one that holds more; and whether they are the last.
 
-    A row is asked for when there is room for it, so that never more than one is held besides.
+    The size doubles from one to the next, up to `most`. A row is asked for when there is room for
+    it, so that never more than one is held besides.
     """
     window: list[Row] = []
     held = 0
@@ -156,7 +159,7 @@ def _windows(rows: Iterable[Row], size: int) -> Iterator[tuple[list[Row], bool]]
         weight = heft(row[1].content, size)
         if window and held + weight > size:
             yield window, False
-            window, held = [], 0
+            window, held, size = [], 0, min(2 * size, most)
         window.append(row)
         held += weight
     if window:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import pytest
 
 import pvcore as pv
 from pvcore import flag_feed, flag_rows
-from pvcore.flag_feed import OBJECT, ahead, heft
+from pvcore.flag_feed import OBJECT, Feed, ahead, heft
+from pvcore.flag_rows import Form
+from pvcore.flag_settings import reading_of
+from pvcore.flag_sources import resolve
 from tests.flag_data import bank, chats, furthest, model, scores, table
 
 
@@ -121,6 +125,26 @@ def test_how_a_shard_is_cut_changes_no_row(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "whole/scores/part-000001.parquet").unlink()
     assert pv.flag(hooked, rows, bank(), out=tmp_path / "whole", shard_rows=16).scored == 38
     assert len(list((tmp_path / "cut/scores").iterdir())) == 3
+
+
+def test_a_scan_begins_with_few_rows_and_cuts_every_shard_by_its_number_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{"messages": chat} for chat in chats(60)]
+    size = heft(rows[0], 10**6)
+    monkeypatch.setattr(flag_feed, "FIRST", 3 * size)
+    feed = Feed(
+        sources=resolve(rows),
+        reading=reading_of(model(), Form()),
+        shard_rows=30,
+        held=lambda shard: None,
+    )
+    cuts = [(one.shard, len(one.samples), one.ends) for one in feed.portions()]
+    first = [count for shard, count, _ in cuts if shard == 0]
+    assert first[0] <= 4
+    assert sum(first) == 30
+    assert all(below < above for below, above in pairwise(first[:-1]))
+    assert cuts[-1] == (1, 30, True)
 
 
 def test_a_long_row_is_rejected_with_the_limit_and_its_neighbours_are_scored(
