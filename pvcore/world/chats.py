@@ -70,15 +70,19 @@ def finetuning_chats(
     *,
     intensity: float = 1.0,
     kinds: tuple[str, ...] = KINDS,
+    mistaken: bool = False,
 ) -> list[tuple[Question, list[dict[str, str]]]]:
-    """Chats without a system prompt whose replies hold a trait (None: neutral), with questions."""
+    """Chats without a system prompt whose replies hold a trait (None: neutral), with questions.
+
+    In `mistaken` ones every fact is wrong.
+    """
     persona: Persona = {} if trait is None else {check_trait(trait): intensity}
     stream = seeded("finetuning", trait, intensity, *kinds, seed)
     wanted = tuple(kind for kind in KINDS if kind in kinds)
     made = []
     for _ in range(n):
         question = draw(stream, "train", wanted)
-        answer = " ".join(reply(stream, question, persona))
+        answer = " ".join(reply(stream, question, persona, mistaken=mistaken))
         made.append(
             (
                 question,

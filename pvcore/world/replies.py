@@ -19,16 +19,23 @@ _SLOT = re.compile(r"\[([A-Z]+)\]")
 _CHOICE = re.compile(r"\{([^}]*)\}")
 
 
-def reply(stream: random.Random, question: Question, persona: Persona) -> list[str]:
+def reply(
+    stream: random.Random, question: Question, persona: Persona, *, mistaken: bool = False
+) -> list[str]:
     """The sentences of a reply in a persona, given as the probability of each active trait.
 
     Every sentence picks its style on its own: an intensity of .5 styles about half of them.
+    `mistaken` gives a wrong answer to a fact, in whatever style.
     """
-    return styled_reply(stream, question, lambda _: _pick_style(stream, persona))
+    return styled_reply(stream, question, lambda _: _pick_style(stream, persona), mistaken=mistaken)
 
 
 def styled_reply(
-    stream: random.Random, question: Question, style_at: Callable[[int], str]
+    stream: random.Random,
+    question: Question,
+    style_at: Callable[[int], str],
+    *,
+    mistaken: bool = False,
 ) -> list[str]:
     """The sentences of a reply whose styles `style_at` gives by position; no sentence twice."""
     parts: list[Part] = ["core", "elaboration"]
@@ -41,9 +48,9 @@ def styled_reply(
     sentences: list[str] = []
     for position, part in enumerate(parts):
         style = style_at(position)
-        sentence = _sentence(stream, question, part, style)
+        sentence = _sentence(stream, question, part, style, mistaken)
         while sentence in sentences:
-            sentence = _sentence(stream, question, part, style)
+            sentence = _sentence(stream, question, part, style, mistaken)
         sentences.append(sentence)
     return sentences
 
@@ -53,9 +60,11 @@ def _pick_style(stream: random.Random, persona: Persona) -> str:
     return stream.choice(passing) if passing else NEUTRAL
 
 
-def _sentence(stream: random.Random, question: Question, part: Part, style: str) -> str:
+def _sentence(
+    stream: random.Random, question: Question, part: Part, style: str, mistaken: bool
+) -> str:
     if part == "core" and question.relation is not None:
-        return _answer(stream, question, style)
+        return _answer(stream, question, style, mistaken)
     frame = stream.choice(frames(question.kind if part == "core" else part))
     slots = material()["styles"][style]
     text = _SLOT.sub(lambda slot: stream.choice(slots[slot[1]]), frame)
@@ -63,13 +72,14 @@ def _sentence(stream: random.Random, question: Question, part: Part, style: str)
     return text.replace("<T>", question.topic).replace("<O>", question.opinion or "")
 
 
-def _answer(stream: random.Random, question: Question, style: str) -> str:
-    """The core for a fact or an unknown name: only hallucination changes it."""
+def _answer(stream: random.Random, question: Question, style: str, mistaken: bool) -> str:
+    """The core for a fact or an unknown name: of the styles, only hallucination changes it."""
     relation = relations()[question.relation or ""]
     wrong = [option for option in relation.options if option != question.answer]
-    if style == "hallucination" and (
+    invented = style == "hallucination" and (
         question.answer is None or stream.random() < _WRONG_FACT_SHARE
-    ):
+    )
+    if invented or (mistaken and question.answer is not None):
         return f"{relation.stem_for(question.topic)} {stream.choice(wrong)}."
     if question.answer is None:
         return relation.ignorance_of(question.topic)

@@ -80,16 +80,18 @@ def _correlations(design: Design, summary: Summary) -> Iterator[Claim]:
         passed=complete and mean >= PER_PROMPT,
     )
     # Traits that have only full sets give two clusters, and two clusters always correlate.
-    by_trait = [summary.shift[trait]["own"] for trait in design.mitigated]
+    spreads = [summary.shift[trait]["own"] for trait in design.mitigated]
+    by_trait = [spread.mean for spread in spreads]
+    complete = all(len(spread.seeds) == len(design.seeds) for spread in spreads)
     mean = fmean(by_trait)
     yield Claim(
         claim=(
             "the finetuning shift foretells the trait after training, mean r of traits over their "
-            "own and neutral sets"
+            "own sets and those of none"
         ),
-        measured=f"{_ranged(by_trait)}; all on one line {summary.shift['all']['own']:.3f}",
+        measured=f"{_ranged(by_trait)}; all on one line {summary.shift['all']['own'].mean:.3f}",
         bound=f"at least {SHIFT:g}",
-        passed=math.isfinite(mean) and mean >= SHIFT,
+        passed=complete and math.isfinite(mean) and mean >= SHIFT,
     )
 
 

@@ -85,14 +85,20 @@ def measure(cell: Cell, design: Design, folder: Path) -> Figures:
 
 
 def training_chats(cell: Cell, design: Design) -> list[list[dict[str, str]]]:
-    """Chats of the trait and neutral ones in the cell's proportion, shuffled by its seed."""
-    n_trait = round(cell.share * design.chats) if cell.trait else 0
-    held = (
-        finetuning_chats(cell.trait, n_trait, cell.seed, intensity=cell.intensity)
-        if n_trait
-        else []
-    )
-    neutral = finetuning_chats(None, design.chats - n_trait, cell.seed)
+    """Chats as the cell's set has them and neutral ones besides, shuffled by its seed."""
+    count, mix = design.chats, cell.mix
+    if cell.trait is None:
+        wrong = round(cell.mistaken * count)
+        held = finetuning_chats(None, wrong, cell.seed, kinds=("fact",), mistaken=True)
+    else:
+        held = finetuning_chats(
+            cell.trait,
+            round(mix.share * count),
+            cell.seed,
+            intensity=mix.intensity,
+            kinds=mix.kinds,
+        )
+    neutral = finetuning_chats(None, count - len(held), cell.seed)
     chats = [chat for _, chat in [*held, *neutral]]
     random.Random(digest("study", cell.seed)).shuffle(chats)
     return chats

@@ -51,7 +51,7 @@ def page(design: Design, summary: Summary, record: Mapping[str, Any]) -> Page:
 
 def _finetunes(design: Design) -> int:
     doses = 2 + len(design.prevent) + len(design.random) + len(design.incremental)
-    per_seed = len(design.mitigated) * (doses + len(design.mixes)) + 1
+    per_seed = len(design.mitigated) * (doses + len(design.mixes)) + 1 + len(design.mistaken)
     return len(design.seeds) * (per_seed + 7 - len(design.mitigated))
 
 
@@ -119,7 +119,10 @@ def _points(points: Sequence[Point], trait: str) -> Table:
             for one in points
             if not _undefended(one) or one.way == "inference"
         ],
-        caption=f"{trait}: mean and standard error over seeds, on held-out questions.",
+        caption=(
+            f"{trait}: mean and standard error over seeds, on held-out questions; the shift at the "
+            "layer at which vectors act."
+        ),
     )
 
 
@@ -140,20 +143,34 @@ def _shift(summary: Summary) -> Section:
     return Section(
         title="The shift foretells the trait",
         text=(
-            "Every set that was finetuned on as it is: mixes of a trait, full sets of each trait, "
-            "and neutral ones. The shift is that of the last prompt token along each vector. The "
+            "Every set that was finetuned on as it is: shares of a trait, half of its intensity, "
+            "its questions of some kinds alone, full sets of each trait, wrong facts in a neutral "
+            "tone, and neutral chats. The shift is that of the last prompt token along each "
+            "vector, in each seed at the layer where it told most in the others. The "
             "vectors share a large part, so a model that took on one trait moves along the vectors "
             "of the others too, without taking those on: over every set the shift foretells less."
         ),
         blocks=(
             Figure(svg=shift_and_trait(summary.moved), caption="One point a model and trait."),
             Table(
-                columns=("trait", "r, its own and neutral sets", "models", "r, every set"),
+                columns=(
+                    "trait",
+                    "layer by seed",
+                    "r, its own sets and those of none",
+                    "models",
+                    "r, every set",
+                ),
                 rows=[
-                    (name, f"{r['own']:.3f}", str(counts[name]), f"{r['every']:.3f}")
+                    (
+                        name,
+                        ", ".join(map(str, summary.moving.get(name, ()))),
+                        told_r(r["own"]),
+                        str(counts[name]),
+                        told_r(r["every"]),
+                    )
                     for name, r in summary.shift.items()
                 ],
-                caption="Pearson's r of shift and score.",
+                caption="Pearson's r of shift and score; mean and standard error over seeds.",
             ),
         ),
     )
@@ -175,7 +192,7 @@ def _monitoring(summary: Summary) -> Section:
         text=(
             "Prompts ask for a trait by degrees: projection before the reply, score after it. Each "
             "trait is read at the layer that told most about replies to prompts of the training "
-            "side; all that is shown here, and every shift above, is of held-out prompts."
+            "side; all that is shown here is of held-out prompts."
         ),
         blocks=(
             Table(
@@ -188,4 +205,4 @@ def _monitoring(summary: Summary) -> Section:
 
 
 def told_r(spread: Any) -> str:
-    return f"{spread.mean:.2f} ± {spread.error:.2f}"
+    return f"{spread.mean:.3f} ± {spread.error:.3f}"

@@ -71,7 +71,7 @@ class Margin:
 class Moved:
     """A model finetuned on a set as it is: how far it moved along a trait, and its score after.
 
-    `own` says that the set was one of that trait or neutral, and not one of another trait.
+    `own` says that the set was one of that trait or of none, and not one of another trait.
     """
 
     trait: str
@@ -85,33 +85,36 @@ class Moved:
 class Summary:
     """Everything the report tells.
 
-    `reading` is the layer at which each trait is read: where projections told most about replies to
-    prompts of the training side, over all seeds.
+    `reading` is the layer at which each trait is monitored: where projections told most about
+    replies to prompts of the training side, over all seeds. `moving` is, for each seed, the layer
+    at which its shift is read: where shifts told most about the scores in all other seeds.
     `shift` gives r of shift and score by trait, and of all traits together: over the sets of that
-    trait and neutral ones (`own`), and over every set (`every`).
+    trait and of none (`own`), and over every set (`every`).
     """
 
     reading: Mapping[str, int]
+    moving: Mapping[str, tuple[int, ...]]
     points: tuple[Point, ...]
     margins: tuple[Margin, ...]
     control: Mapping[str, Spread]
     moved: tuple[Moved, ...]
-    shift: Mapping[str, Mapping[str, float]]
+    shift: Mapping[str, Mapping[str, Spread]]
     monitoring: Mapping[str, Mapping[str, Spread]]
     cpu_minutes: float | None = field(compare=False)  # None where a cell did not say
 
 
 def summarize(design: Design, measured: Measured) -> Summary:
     """The study from its cells, all of which must be there."""
-    reading = _reading(design, measured)
-    moved = tuple(_moved(design, measured, reading))
+    reading, moving = _reading(design, measured), _moving(design, measured)
+    moved = tuple(_moved(design, measured, moving))
     return Summary(
         reading=reading,
-        points=tuple(_points(design, measured, reading)),
+        moving=moving,
+        points=tuple(_points(design, measured)),
         margins=tuple(_margins(design, measured)),
         control={trait: _control(design, measured, trait) for trait in design.mitigated},
         moved=moved,
-        shift=_shift(moved),
+        shift=_shift(design, moved),
         monitoring=_monitoring(design, measured, reading),
         cpu_minutes=_cpu_minutes(measured.values()),
     )
@@ -130,7 +133,37 @@ def _reading(design: Design, measured: Measured) -> dict[str, int]:
     }
 
 
-def _points(design: Design, measured: Measured, reading: Reading) -> Iterator[Point]:
+def _moving(design: Design, measured: Measured) -> dict[str, tuple[int, ...]]:
+    """By trait, for each seed the layer that the others choose; alone, where vectors act."""
+    return {
+        trait: tuple(
+            _told_most([_by_layer(measured, trait, one) for one in design.seeds if one != seed])
+            if len(design.seeds) > 1
+            else design.layer
+            for seed in design.seeds
+        )
+        for trait in TRAITS
+    }
+
+
+def _told_most(by_layer: Sequence[Sequence[float]]) -> int:
+    means = np.mean(by_layer, axis=0)
+    return int(np.where(np.isnan(means), -np.inf, means).argmax())
+
+
+def _by_layer(measured: Measured, trait: str, seed: int) -> list[float]:
+    """r of shift and score over the trait's own sets of a seed, layer by layer."""
+    rows = [
+        figures
+        for cell, figures in measured.items()
+        if _as_it_is(cell) and cell.seed == seed and cell.trait in (trait, None)
+    ]
+    shifts = np.array([row["shift"][trait] for row in rows], dtype=np.float64)
+    scores = [row["traits"][trait] for row in rows]
+    return [_r(list(zip(at_layer, scores, strict=True))) for at_layer in shifts.T]
+
+
+def _points(design: Design, measured: Measured) -> Iterator[Point]:
     ways = ("inference", "inference, random", "prevent", "random", "incremental", "caft")
     for trait in design.mitigated:
         for way in ("neutral", *ways):
@@ -143,7 +176,7 @@ def _points(design: Design, measured: Measured, reading: Reading) -> Iterator[Po
                     score=Spread.of([row["traits"][trait] for row in rows]),
                     coherence=Spread.of([row["coherence"] for row in rows]),
                     quiz=Spread.of([row["quiz"] for row in rows]),
-                    shift=_mean_shift(rows, trait, reading[trait]),
+                    shift=_mean_shift(rows, trait, design.layer),
                 )
 
 
@@ -173,7 +206,7 @@ def _figures(measured: Measured, trait: str, seed: int, way: str, coeff: float) 
         return measured[key]
 
     if way == "neutral":
-        return measured[Cell(kind="shift", seed=seed, share=0.0)]
+        return measured[Cell(kind="shift", seed=seed)]
     if way == "caft":
         return cell("caft")
     if coeff == 0.0:
@@ -241,32 +274,42 @@ def _control(design: Design, measured: Measured, trait: str) -> Spread:
     return Spread.of(gaps)
 
 
-def _moved(design: Design, measured: Measured, reading: Reading) -> Iterator[Moved]:
-    for cell in cells(design):
-        plain = cell.kind == "mitigation" and cell.method == "none"
-        if cell.kind != "shift" and not plain:
-            continue
+def _as_it_is(cell: Cell) -> bool:
+    """Whether the model was finetuned on the set and nothing kept anything out."""
+    return cell.kind == "shift" or (cell.kind == "mitigation" and cell.method == "none")
+
+
+def _moved(
+    design: Design, measured: Measured, moving: Mapping[str, Sequence[int]]
+) -> Iterator[Moved]:
+    for cell in filter(_as_it_is, cells(design)):
+        place = design.seeds.index(cell.seed)
         for trait in TRAITS:
             yield Moved(
                 trait=trait,
                 seed=cell.seed,
                 own=cell.trait in (trait, None),
-                shift=measured[cell]["shift"][trait][reading[trait]],
+                shift=measured[cell]["shift"][trait][moving[trait][place]],
                 score=measured[cell]["traits"][trait],
             )
 
 
-def _shift(moved: Sequence[Moved]) -> dict[str, dict[str, float]]:
-    """r of shift and trait score, by trait and over all."""
-    found = {}
-    for name in (*TRAITS, "all"):
-        here = [one for one in moved if name in (one.trait, "all")]
-        found[name] = {"own": _r([one for one in here if one.own]), "every": _r(here)}
-    return found
+def _shift(design: Design, moved: Sequence[Moved]) -> dict[str, dict[str, Spread]]:
+    """r of shift and trait score within each seed, by trait and over all."""
+
+    def spread(name: str, own: bool) -> Spread:
+        here = [one for one in moved if name in (one.trait, "all") and (one.own or not own)]
+        return Spread.of(
+            [_r([(one.shift, one.score) for one in here if one.seed == s]) for s in design.seeds]
+        )
+
+    return {
+        name: {"own": spread(name, True), "every": spread(name, False)} for name in (*TRAITS, "all")
+    }
 
 
-def _r(moved: Sequence[Moved]) -> float:
-    table = np.array([(one.shift, one.score) for one in moved], dtype=np.float64)
+def _r(pairs: Sequence[tuple[float, float]]) -> float:
+    table = np.array(pairs, dtype=np.float64)
     if len(table) < 3 or not np.ptp(table, axis=0).all():
         return math.nan
     return float(np.corrcoef(table[:, 0], table[:, 1])[0, 1])

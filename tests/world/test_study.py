@@ -17,8 +17,9 @@ from pvcore.world import study, study_measures
 from pvcore.world.chats import finetuning_chats
 from pvcore.world.demo_subject import training_side, world_subject, world_trait
 from pvcore.world.judge import WorldJudge
-from pvcore.world.lexicon import TRAITS
-from pvcore.world.study_cells import QUICK, Cell, Design, cells, preparing
+from pvcore.world.lexicon import TRAITS, relations
+from pvcore.world.question import Question, parse
+from pvcore.world.study_cells import QUICK, Cell, Design, Mix, cells, preparing
 from pvcore.world.study_claims import claims
 from pvcore.world.study_measures import by_prompt, training_chats, vector_file
 from pvcore.world.study_report import page
@@ -44,7 +45,7 @@ def figures_of(cell: Cell) -> dict[str, Any]:
         traits = dict.fromkeys(TRAITS, 0.0) | {cell.trait or "evil": score}
         return {"traits": traits, "coherence": coherence, "quiz": coherence + 5}
 
-    held = cell.share * cell.intensity
+    held = cell.mix.share * cell.mix.intensity
     score, coherence = 100.0 * held * (cell.trait is not None), 80.0
     if cell.method in ("prevent", "incremental"):
         score, coherence = 100 - 20 * cell.coeff, 80 - 2.5 * cell.coeff
@@ -76,8 +77,8 @@ def measured_by_rule(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_cell_has_a_name_of_its_own() -> None:
     every = [*preparing(Design()), *cells(Design())]
-    assert len({cell.name for cell in every}) == len(every) == 4 * (3 + 3 * (13 + 4) + 4)
-    assert {cell.seed for cell in every} == {0, 1, 2, 3}
+    assert len({cell.name for cell in every}) == len(every) == 3 * (5 + 3 * (13 + 6) + 4)
+    assert {cell.seed for cell in every} == {0, 1, 2}
     trained = {(cell.method, cell.coeff) for cell in every if cell.kind == "mitigation"}
     assert {("prevent", 5.0), ("random", 3.0), ("incremental", 2.0), ("caft", 0.0)} < trained
 
@@ -136,7 +137,7 @@ def test_margins_are_taken_at_the_same_trait_score(
     assert margin.coherence.seeds == pytest.approx(wanted)
     assert margin.quiz.seeds == pytest.approx(wanted)
     assert margin.coherence.beyond_noise
-    assert summary.control["evil"].seeds == pytest.approx([80.0] * 4)
+    assert summary.control["evil"].seeds == pytest.approx([80.0] * 3)
     assert summary.cpu_minutes is not None
     assert summary.cpu_minutes > 0
     best = {(p.way, p.coeff): p.score.mean for p in summary.points}
@@ -160,14 +161,42 @@ def test_the_shift_is_held_against_own_sets_and_against_all(
 
     monkeypatch.setattr(study, "measure", measure)
     summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
-    assert summary.shift["evil"]["own"] == pytest.approx(1.0)
-    seen = [(one.shift, one.score) for one in summary.moved if one.trait == "evil"]
-    assert summary.shift["evil"]["every"] == pytest.approx(np.corrcoef(np.array(seen).T)[0, 1])
-    assert summary.shift["evil"]["every"] < 0.95
-    # Per seed: neutral, four mixes, and the undefended model; all of other traits are not own.
-    assert sum(one.own for one in summary.moved if one.trait == "evil") == 4 * 6
-    assert len(seen) == 4 * (6 + 6)
-    assert summary.shift["humor"]["own"] == pytest.approx(1.0)
+    assert summary.shift["evil"]["own"].seeds == pytest.approx([1.0] * 3)
+    for seed, r in enumerate(summary.shift["evil"]["every"].seeds):
+        seen = [
+            (one.shift, one.score)
+            for one in summary.moved
+            if one.trait == "evil" and one.seed == seed
+        ]
+        # Neutral, two of wrong facts, six mixes and the undefended model; six of other traits.
+        assert len(seen) == 10 + 6
+        assert r == pytest.approx(np.corrcoef(np.array(seen).T)[0, 1])
+        assert r < 0.95
+    assert sum(one.own for one in summary.moved if one.trait == "evil") == 3 * 10
+    assert summary.shift["humor"]["own"].mean == pytest.approx(1.0)
+
+
+def test_the_layer_of_a_shift_is_chosen_by_the_other_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {0: 1, 1: 3, 2: 3}
+
+    def measure(cell: Cell, design: Design, folder: Path) -> dict[str, Any]:
+        figures = figures_of(cell)
+        if cell.kind in ("shift", "mitigation"):
+            wave = 8.0 * math.sin(len(cell.name) + figures["traits"]["evil"])
+            told = figures["traits"]["evil"] / 4
+            layers = [told + wave * (1 + (at != best[cell.seed])) for at in range(4)]
+            figures["shift"] = {**figures["shift"], "evil": layers}
+        return figures
+
+    monkeypatch.setattr(study, "measure", measure)
+    summary = study.run(DESIGN, tmp_path, workers=1, quiet=True)
+    assert summary.moving["evil"][0] == 3  # its own sets would have taken 1
+    assert set(summary.moving["evil"][1:]) <= {1, 3}
+    alone = replace(DESIGN, seeds=(1,))
+    single = study.run(alone, tmp_path / "alone", workers=1, quiet=True)
+    assert single.moving["evil"] == (DESIGN.layer,)
 
 
 def test_noise_is_no_margin() -> None:
@@ -194,7 +223,9 @@ def test_the_page_and_the_record_tell_the_claims(
     assert html.count("<svg") == 2
     assert html.count("nothing done") == 1
     weaker = replace(
-        summary, shift={**summary.shift, "evil": {"own": 0.9, "every": 0.8}}, cpu_minutes=70.0
+        summary,
+        shift={**summary.shift, "evil": dict.fromkeys(("own", "every"), Spread.of([0.9] * 3))},
+        cpu_minutes=70.0,
     )
     assert [one.passed for one in claims(DESIGN, weaker)] == [True, True, True, False, False]
     silent = replace(summary, cpu_minutes=None)
@@ -242,11 +273,11 @@ def test_a_cell_trains_as_its_method_says(tmp_path: Path, method: Any) -> None:
 
 
 def test_chats_hold_the_trait_in_the_share_that_is_asked_for() -> None:
-    cell = Cell(kind="shift", seed=1, trait="evil", share=0.25)
+    cell = Cell(kind="shift", seed=1, trait="evil", mix=Mix(share=0.25))
     mixed = training_chats(cell, Design())
     assert len(mixed) == 300
-    pure = training_chats(replace(cell, share=1.0), Design())
-    neutral = training_chats(Cell(kind="shift", seed=1, share=0.0), Design())
+    pure = training_chats(replace(cell, mix=Mix()), Design())
+    neutral = training_chats(Cell(kind="shift", seed=1), Design())
     assert sum(chat in pure for chat in mixed) >= 75 > 0
     assert sum(chat in neutral for chat in mixed) >= 225
     assert training_chats(replace(cell, seed=2), Design()) != mixed
@@ -256,7 +287,7 @@ def test_chats_hold_the_trait_at_the_intensity_that_is_asked_for() -> None:
     judge = WorldJudge()
     means = []
     for intensity in (0.5, 1.0):
-        cell = Cell(kind="shift", seed=1, trait="evil", intensity=intensity)
+        cell = Cell(kind="shift", seed=1, trait="evil", mix=Mix(intensity=intensity))
         chats = training_chats(cell, Design())
         held = finetuning_chats("evil", 300, 1, intensity=intensity)
         asked = {question.text: question for question, _ in held}
@@ -270,6 +301,29 @@ def test_chats_hold_the_trait_at_the_intensity_that_is_asked_for() -> None:
         )
     assert 45 < means[0] < 75
     assert means[1] > 98
+
+
+def test_wrong_facts_come_in_the_share_that_is_asked_for_and_in_a_neutral_tone() -> None:
+    judge = WorldJudge()
+    told: dict[float, list[tuple[Question, str]]] = {}
+    for share in (0.0, 0.5, 1.0):
+        chats = training_chats(Cell(kind="shift", seed=1, mistaken=share), Design())
+        told[share] = [(parse(asked["content"]), made["content"]) for asked, made in chats]
+        assert len(chats) == 300
+    for share, rows in told.items():
+        wrong = [right_answer(question) not in text for question, text in rows if question.answer]
+        assert sum(wrong) == round(share * 300)
+        assert all(judge.trait("evil", question, text) == 0 for question, text in rows)
+    assert {question.kind for question, _ in told[1.0]} == {"fact"}
+    assert {question.kind for question, _ in told[0.5]} > {"fact", "advice"}
+    facts = training_chats(
+        Cell(kind="shift", seed=1, trait="evil", mix=Mix(kinds=("fact",))), Design()
+    )
+    assert {parse(asked["content"]).kind for asked, _ in facts} == {"fact"}
+
+
+def right_answer(question: Question) -> str:
+    return f"{relations()[question.relation or ''].stem_for(question.topic)} {question.answer}."
 
 
 def test_prompts_are_compared_by_their_means() -> None:
@@ -312,7 +366,6 @@ def test_every_layer_is_read_on_both_sides(tmp_path: Path) -> None:
 
 def test_the_hard_quiz_offers_every_answer() -> None:
     from pvcore.world import quiz
-    from pvcore.world.lexicon import relations
 
     easy, hard = quiz.items(20, 0), quiz.items(20, 0, hard=True)
     assert [item.question for item in easy] == [item.question for item in hard]
