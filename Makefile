@@ -7,7 +7,8 @@ CORE := .venv/core-installed
 TESTS := .venv/tests-installed
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test check bench study report test-browser test-eval test-scan test-triton-3.6.0 test-gpu bench-gpu tune-gpu
+.PHONY: demo test check bench study report test-browser test-eval test-scan test-triton-3.6.0 test-transformers-5.17.0 \
+	test-gpu bench-gpu tune-gpu
 
 demo: $(CORE)
 	@$(BIN)/pvcore demo
@@ -91,6 +92,16 @@ test-triton-$(OLD_TRITON): $(TESTS)
 	@test -d .venv/triton-$(OLD_TRITON) || $(INSTALL) --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	@PYTHONPATH=.venv/triton-$(OLD_TRITON) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/interpreter
 	@PYTHONPATH=.venv/triton-$(OLD_TRITON) $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels/test_aot.py
+
+# Training and the graph engine under an older transformers, whose checkpointing and caches differ.
+OLD_TRANSFORMERS := 5.17.0
+TRAINING := tests/test_training.py tests/test_training_ddp.py tests/test_recomputation.py tests/test_gradients.py \
+	tests/test_callbacks.py tests/test_callbacks_shift.py
+test-transformers-$(OLD_TRANSFORMERS): $(TESTS)
+	@test -d .venv/transformers-$(OLD_TRANSFORMERS) || $(INSTALL) --no-deps \
+		--target .venv/transformers-$(OLD_TRANSFORMERS) transformers==$(OLD_TRANSFORMERS) "huggingface_hub<2"
+	@PYTHONPATH=.venv/transformers-$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -q -n $(WORKERS) $(TRAINING) \
+		tests/test_graph.py tests/test_graph_caches.py tests/test_graph_requests.py
 
 # Scans on Ray Data, which is half a gigabyte: beside the environment, in the versions of it.
 test-scan: $(TESTS)
