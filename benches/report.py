@@ -22,6 +22,7 @@ from pvcore.files import write_whole
 KNOWN = (
     *(
         "overhead",
+        "breakdown",
         "compiled",
         "grid",
         "gpu_grid",

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benches import (
+    breakdown,
     compare,
     compiled,
     extraction,
@@ -90,6 +91,22 @@ def run_overhead(
     command = _command("overhead", quick, model, rounds=settings.rounds)
     wish = Wish(quick, out, as_json, base, (rounds, model))
     _finish(overhead.NAME, lambda: overhead.measure(settings, command=command), wish)
+
+
+@app.command("breakdown")
+def run_breakdown(
+    quick: Quick = False,
+    rounds: Rounds = None,
+    model: Model = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    base: Base = None,
+) -> None:
+    """Each part of a watched or steered step, beside the part before it."""
+    settings = _settled(breakdown, quick, model=model, generations=rounds)
+    command = _command("breakdown", quick, model, rounds=settings.generations)
+    wish = Wish(quick, out, as_json, base, (rounds, model))
+    _finish(breakdown.NAME, lambda: breakdown.measure(settings, command=command), wish)
 
 
 @app.command("compiled")

@@ -178,6 +178,10 @@ def copying() -> Any:
     )
 
 
+@pytest.mark.skipif(
+    not hasattr(Qwen2DecoderLayer.forward, "__wrapped__"),
+    reason="this transformers checkpoints a block's hooks with it, where a copy is refused",
+)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_copied_input_is_no_matter_where_hooks_are_outside(plan: str, reentrant: bool) -> None:
