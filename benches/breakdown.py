@@ -57,7 +57,7 @@ def arms(task: Task) -> dict[str, Run]:
 def unscored(task: Task) -> Iterator[pv.Seen]:
     """A monitor whose rows are kept as long as a monitor's, and then dropped."""
     with task.model.monitor(task.bank) as seen:
-        seen._score_waiting = _drop  # type: ignore[method-assign]
+        seen._score_waiting = _drop  # type: ignore[assignment, method-assign]
         yield seen
 
 
