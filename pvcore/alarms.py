@@ -64,6 +64,14 @@ Level = Threshold | Number
 Alarms = Mapping[str, Level | Mapping[int | Site, Level]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """The levels of every trait of a bank as tables; infinite where nothing is to ring."""
+
+    high: Float[Tensor, "layer n_vec"]
+    floor: Float[Tensor, "layer n_vec"]
+
+
 class AlarmBell:
     """Rings once when a projection crosses its threshold from below.
 
@@ -76,7 +84,7 @@ class AlarmBell:
             raise PlanError(
                 f"got an alarm for {', '.join(unknown)}; the bank watches {', '.join(traits)}"
             )
-        self._sites = tuple(sites)
+        self.traits, self._sites = tuple(traits), tuple(sites)
         self._levels = {trait: self._by_site(trait, level) for trait, level in alarms.items()}
         self._high = {trait: self._bounds(levels, "high") for trait, levels in self._levels.items()}
         self._floor = {
@@ -102,32 +110,65 @@ class AlarmBell:
     def _bounds(self, levels: Sequence[Threshold | None], name: str) -> Float[Tensor, "layer 1"]:
         """One bound a layer; a layer without never rings."""
         bounds = [torch.inf if one is None else float(getattr(one, name)) for one in levels]
-        return torch.tensor(bounds, dtype=torch.float64)[:, None]
+        # On the CPU, whatever the default device is.
+        return torch.tensor(bounds, dtype=torch.float64, device="cpu")[:, None]
 
     def ring(
         self, step: int, projections: Mapping[str, Float[Tensor, "layer chat"]]
     ) -> tuple[Alarm, ...]:
         """The alarms of one step, in the order of alarms, layers and chats; NaN changes nothing."""
         alarms = []
-        for trait, levels in self._levels.items():
+        for trait in self._levels:
             scores = projections[trait].double()
             rung = self._rung.get(trait, torch.zeros_like(scores, dtype=torch.bool))
             ringing = (scores > self._high[trait]) & ~rung
             self._rung[trait] = (rung | ringing) & ~(scores <= self._floor[trait])
-            for layer, chat in ringing.nonzero().tolist():
-                threshold = levels[layer]
-                assert threshold is not None
-                alarms.append(
-                    Alarm(
-                        trait=trait,
-                        site=self._sites[layer],
-                        chat=chat,
-                        step=step,
-                        value=float(projections[trait][layer, chat]),
-                        threshold=float(threshold.high),
-                    )
-                )
+            alarms += [
+                self._alarm(step, trait, layer, chat, float(projections[trait][layer, chat]))
+                for layer, chat in ringing.nonzero().tolist()
+            ]
         return tuple(alarms)
+
+    def _alarm(self, step: int, trait: str, layer: int, chat: int, value: float) -> Alarm:
+        threshold = self._levels[trait][layer]
+        assert threshold is not None
+        return Alarm(
+            trait=trait,
+            site=self._sites[layer],
+            chat=chat,
+            step=step,
+            value=value,
+            threshold=float(threshold.high),
+        )
+
+    def told(
+        self,
+        step: int,
+        ringing: Bool[Tensor, "layer chat n_vec"],
+        scores: Float[Tensor, "layer chat n_vec"],
+    ) -> tuple[Alarm, ...]:
+        """The alarms of a step that was judged elsewhere, in the order of `ring`."""
+        places = [self.traits.index(trait) for trait in self._levels]
+        return tuple(
+            self._alarm(
+                step, self.traits[places[k]], layer, chat, float(scores[layer, chat, places[k]])
+            )
+            for k, layer, chat in ringing.permute(2, 0, 1)[places].nonzero().tolist()
+        )
+
+    def bounds(self) -> Bounds:
+        """Above and at or below what it acts, for one who judges elsewhere."""
+        never = self._bounds([None] * len(self._sites), "high")
+        high, floor = (
+            torch.cat([table.get(trait, never) for trait in self.traits], dim=1)
+            for table in (self._high, self._floor)
+        )
+        return Bounds(high=high, floor=floor)
+
+    def rung(self, chats: int) -> Bool[Tensor, "layer chat n_vec"]:
+        """What has rung and is not ready again, of so many chats."""
+        quiet = torch.zeros(len(self._sites), chats, dtype=torch.bool, device="cpu")
+        return torch.stack([self._rung.get(trait, quiet) for trait in self.traits], dim=-1)
 
     def replay(self, course: Mapping[str, Float[Tensor, "layer step"]]) -> tuple[Alarm, ...]:
         """The alarms of one whole reply, begun anew, as if it had just been made."""

@@ -170,7 +170,7 @@ class Request:
         guards = self._guards(watcher is not None)
         settings, ends = self._prepared(call, guards, watcher)
         with self.taps.calling(call) as outcomes:
-            output = self._generate(call, bool(guards), watcher is not None)(
+            output = self._generate(call, watcher is not None)(
                 input_ids=self.batch.ids.to(self.device),
                 attention_mask=self.batch.mask.long().to(self.device),
                 return_dict_in_generate=True,
@@ -217,13 +217,12 @@ class Request:
             )
         return guards
 
-    def _generate(self, call: Call, guarded: bool, streams: bool) -> Callable[..., Any]:
+    def _generate(self, call: Call, streams: bool) -> Callable[..., Any]:
         if self.graph is None:
             generate: Callable[..., Any] = self.hf.generate
             return generate
         engine, graph = self.graph
-        paced = guarded or streams
-        return partial(engine.generate, graph, call, self._setting, paced, streams)
+        return partial(engine.generate, graph, call, self._setting, streams)
 
     def _prepared(
         self, call: Call, guards: Sequence[Guard], watcher: Watcher | None

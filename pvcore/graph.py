@@ -193,13 +193,12 @@ class GraphEngine:
         graph: Graph,
         call: Call,
         setting: Callable[[str], Any],
-        paced: bool,
         streams: bool,
         **settings: Any,
     ) -> Any:
         """What `hf.generate(**settings)` gives. `setting` looks a setting up as it will be used.
 
-        `paced` has every step's scores at once; one that `streams` waits for its consumer.
+        One that `streams` has every step's scores at once, and waits for its consumer.
         `HookError` where the decode steps did not all run as armed.
         """
         refuse_model(self.hf)
@@ -211,7 +210,7 @@ class GraphEngine:
             meeting = _Meeting(session.expected if session else ())
             if session:
                 stack.enter_context(self.taps.armed({}, readers=[meeting]))
-            run = _Generation(self, graph, call, session, meeting, paced=paced)
+            run = _Generation(self, graph, call, session, meeting, paced=streams)
             run.prompt_steps = _chunks(call.mask.shape[1], setting("prefill_chunk_size"))
             output = run.twin().generate(**settings | {"cache_implementation": "static"})
             run.finish(output.sequences.shape[1] - call.mask.shape[1])

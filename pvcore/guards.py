@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from pvcore.alarms import Alarm, AlarmBell, Alarms
+from pvcore.alarms import Alarm, AlarmBell, Alarms, Bounds
 from pvcore.dials import Dial
 from pvcore.errors import PlanError
 from pvcore.frames import Call, Outcome
+from pvcore.hearing import Hearing
 from pvcore.interventions import Ablate, Add, Cap, Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
+from pvcore.resident_alarms import Bells
 from pvcore.vectors import VectorBank
 
 Standby = Sequence[Intervention] | Mapping[Intervention, int | float]
@@ -124,7 +126,7 @@ class Guard(Seen):
         super().__init__(bank)
         self._rules = rules
         self.dials = tuple(Dial(float(level)) for _, level in rules.standby)
-        self._bells: dict[Call, AlarmBell] = {}
+        self._hearings: dict[Call, Hearing] = {}
         self._stopped: dict[Call, Bool[Tensor, " batch"]] = {}
         self._rung: dict[Call, list[Alarm]] = {}
         self._sizes: dict[Call, int] = {}
@@ -155,9 +157,13 @@ class Guard(Seen):
         """
         count = int(lengths.max())
         over = lengths < count
-        scores = self.newest(call).masked_fill(over[:, None], torch.nan)
-        projections = {trait: scores[..., k] for k, trait in enumerate(self.traits)}
-        alarms = self._bell(call).ring(count - 1, projections)
+        hearing = self._hearing(call)
+        hearing.asked = True
+        if hearing.on_device:
+            alarms = hearing.ask(count - 1, over)
+        else:
+            scores = self.newest(call).masked_fill(over[:, None], torch.nan)
+            alarms = hearing.judge(count - 1, scores)
         self._rung.setdefault(call, []).extend(alarms)
         if self._rules.react is not None:
             for alarm in alarms:
@@ -166,27 +172,37 @@ class Guard(Seen):
 
     def close(self, call: Call, outcome: Outcome | None) -> None:
         super().close(call, outcome)
-        watched = self._bells.pop(call, None)
+        hearing = self._hearings.pop(call, None)
         self._stopped.pop(call, None)
         if outcome is None or not self._rules.alarms:
             return
         self._sizes[call] = len(outcome.rows)
-        if watched is None:
-            self._look_back(call)
+        hearing = hearing or Hearing(self._bell())
+        if not hearing.asked:
+            # A generation that did not have to wait for its alarms.
+            steps = self._tables(self._records[call])[0].permute(1, 2, 3, 0)
+            self._rung[call] = [*hearing.look_back(steps, outcome.lengths)]
 
-    def _look_back(self, call: Call) -> None:
-        """Sound the alarms of a generation that did not have to wait for them."""
-        record = self._records[call]
-        steps = dict(zip(self.traits, self._tables(record)[0], strict=True))
-        bell = AlarmBell(self._rules.alarms, self.traits, self.sites)
-        for step in range(len(next(iter(steps.values())))):
-            now = {trait: scores[step] for trait, scores in steps.items()}
-            self._rung.setdefault(call, []).extend(bell.ring(step, now))
+    def bounds(self) -> Bounds:
+        return self._bell().bounds()
 
-    def _bell(self, call: Call) -> AlarmBell:
-        if call not in self._bells:
-            self._bells[call] = AlarmBell(self._rules.alarms, self.traits, self.sites)
-        return self._bells[call]
+    def hand_over(self, call: Call, bells: Bells) -> bool:
+        hearing = self._hearing(call)
+        if not hearing.asked:
+            hearing.begin(self.newest(call))
+        hearing.hand_over(bells)
+        return not hearing.asked
+
+    def receive_rung(self, call: Call, steps: Bool[Tensor, "step site batch n_vec"]) -> None:
+        self._hearings[call].receive(steps)
+
+    def _hearing(self, call: Call) -> Hearing:
+        if call not in self._hearings:
+            self._hearings[call] = Hearing(self._bell())
+        return self._hearings[call]
+
+    def _bell(self) -> AlarmBell:
+        return AlarmBell(self._rules.alarms, self.traits, self.sites)
 
     def stop(self, call: Call, row: int) -> None:
         """End a row after the token just made."""

@@ -207,7 +207,8 @@ class HookedModel:
         happens from the next token on: `"stop"` ends the reply, an intervention acts on it from
         then on, a function is given the `Alarm` and the `Controls` of the reply. Interventions it
         may set are named in `standby`, with the level they begin at if that is not 0. With
-        `on_alarm` every token waits for its projections.
+        `on_alarm` every token waits for its projections; in compiled generation for whether one of
+        them rang.
         """
         rules = Rules.of(bank, alarms, on_alarm, standby)
         self._tracing.refuse_inside("a plan to arm")

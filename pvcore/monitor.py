@@ -113,8 +113,17 @@ class _Record:
         self.outflow.settle()
         if self.steps:
             return self.steps[-1].cpu()
-        last = self.last()
-        return self.given_scores(sites)[last, :, torch.arange(len(last))].transpose(0, 1)
+        return torch.stack([self._last_given(self.given[site]) for site in sites])
+
+    def _last_given(self, chunks: Sequence[Tensor]) -> Float[Tensor, "batch n_vec"]:
+        """The last prompt tokens at one site; the whole prompt is put together only for padding
+        on the right that is longer than the newest chunk.
+        """
+        last, before = self.last(), sum(chunk.shape[1] for chunk in chunks[:-1])
+        scores = chunks[-1]
+        if bool((last < before).any()):
+            scores, before = torch.cat([*chunks], dim=1), 0
+        return scores[torch.arange(len(last)), last - before]
 
 
 class Seen:

@@ -18,6 +18,7 @@ import pvcore_kernels as kernels
 from pvcore.errors import HookError
 from pvcore.frames import Call, Frame
 from pvcore.programs import Joint, Link, Shift
+from pvcore.resident_alarms import Bells, Sounder, sounds
 from pvcore.resident_moves import Gauges, Joints, Landings, Shifts, fixed, is_landing
 from pvcore.sessions import Scorer, Session
 from pvcore.sites import Site
@@ -88,7 +89,7 @@ class Decode:
                 (site, self.met[site], *(_shape(move, links) for move in self.moves[site]))
                 for site in self.moves
             ),
-            tuple((scorer.sites, scorer.n_vec) for scorer in self.scorers),
+            tuple((scorer.sites, scorer.n_vec, sounds(scorer)) for scorer in self.scorers),
         )
 
 
@@ -114,6 +115,7 @@ class Watch:
 
     Rows are collected as the blocks pass and scored all at once when the decoder ends: by kernels
     in one launch, which writes the step's slot itself. The ring holds the newest `len(ring)` steps.
+    `bells` judges them; None for a monitor without alarms.
     """
 
     def __init__(self, scorer: Scorer, met: Met, batch: int, d_model: int) -> None:
@@ -124,27 +126,34 @@ class Watch:
         self.units = fixed(like, n_sites, n_vec, d_model)
         slots = min(max(RING_BYTES // step, 2), RING_STEPS)
         self.ring = fixed(like, slots, n_sites, batch, n_vec)
+        self.bells = Bells(self.ring) if sounds(scorer) else None
         self._fused = paths.takes_kernels(met.device, met.dtype)
         if self._fused:
             routes.ops()
 
     def write(self, scorer: Scorer) -> None:
         self.units.copy_(scorer.units(self.units.device, self.units.dtype))
+        if self.bells is not None and isinstance(scorer, Sounder):
+            self.bells.write(scorer.bounds())
 
     @property
     def beside_bank(self) -> int:
         """Bytes of device memory beside the unit rows."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.ring))
+        rings = sum(t.numel() * t.element_size() for t in (self.rows, self.ring))
+        return rings + (0 if self.bells is None else self.bells.nbytes)
 
     @no_type_check
     def score(self, step):
+        slot = (step % self.ring.shape[0]).reshape(1)
         if self._fused:
             torch.ops.pvcore.project_stack_out.default(self.rows, self.units, self.ring, step)
-            return
-        with exact(self.units.device):
-            scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
-        slot = (step % self.ring.shape[0]).reshape(1)
-        self.ring.index_copy_(0, slot, scores[None])
+        else:
+            with exact(self.units.device):
+                scores = torch.bmm(self.rows.to(self.units.dtype), self.units.mT)
+            self.ring.index_copy_(0, slot, scores[None])
+        if self.bells is not None:
+            # What the host is told is judged, whatever a compiler fuses before it is written.
+            self.bells.judge(self.ring.index_select(0, slot)[0], slot)
 
 
 class _Spot:

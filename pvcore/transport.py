@@ -1,14 +1,16 @@
-"""Transport: scores of decode steps from the device's ring to the host, while it computes on."""
+"""Transport: what decode steps show, from the device's rings to the host, while it computes on."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pvcore.frames import Call
 from pvcore.resident import Watch
+from pvcore.resident_alarms import Sounder
 from pvcore.sessions import Scorer
 
 
@@ -16,15 +18,15 @@ class _Copied:
     """Ring slots on their way to the host; `done` is None where the copy has been made."""
 
     def __init__(
-        self, host: Float[Tensor, "step site batch n_vec"], done: torch.cuda.Event | None
+        self, host: Shaped[Tensor, "step site batch n_vec"], done: torch.cuda.Event | None
     ) -> None:
         self.host, self.done = host, done
 
     def arrived(self) -> bool:
         return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
-    def take(self) -> Float[Tensor, "step site batch n_vec"]:
-        """The scores, in memory of their own; waits for the copy."""
+    def take(self) -> Shaped[Tensor, "step site batch n_vec"]:
+        """What the slots hold, in memory of their own; waits for the copy."""
         if self.done is None:
             return self.host
         self.done.synchronize()
@@ -32,8 +34,9 @@ class _Copied:
 
 
 class Transport:
-    """Carries the scores of one generation. Nothing in the token loop waits for the device.
+    """Carries the scores of one generation, and what rang in it where nobody asks step by step.
 
+    Nothing in the token loop waits for the device.
     Half a ring at a time is copied, on a stream of its own where the device has streams, while the
     other half fills. `paced` hands over every step at once, which waits for it.
     """
@@ -41,9 +44,13 @@ class Transport:
     def __init__(
         self, call: Call, scorers: Sequence[Scorer], watches: Sequence[Watch], *, paced: bool
     ) -> None:
-        self._call, self._paced = call, paced
-        self._lanes = [_Lane(watch) for watch in watches]
-        self._scorers = tuple(scorers)
+        self._paced = paced
+        self._ways: list[tuple[_Lane, Callable[[Tensor], None]]] = []
+        for scorer, watch in zip(scorers, watches, strict=True):
+            self._ways.append((_Lane(watch.ring), partial(scorer.receive, call)))
+            bells = watch.bells
+            if bells and isinstance(scorer, Sounder) and scorer.hand_over(call, bells):
+                self._ways.append((_Lane(bells.ring), partial(scorer.receive_rung, call)))
         slots = min((len(watch.ring) for watch in watches), default=2)
         self._every = 1 if paced else slots // 2
         self._sent = self.made = 0
@@ -64,19 +71,19 @@ class Transport:
     def _send(self) -> None:
         first, self._sent = self._sent, self.made
         if first < self.made:
-            self._pending.append([lane.copy(first, self.made) for lane in self._lanes])
+            self._pending.append([lane.copy(first, self.made) for lane, _ in self._ways])
 
     def _deliver(self, *, wait: bool) -> None:
         while self._pending and (wait or all(one.arrived() for one in self._pending[0])):
-            for scorer, copied in zip(self._scorers, self._pending.popleft(), strict=True):
-                scorer.receive(self._call, copied.take())
+            for (_, receive), copied in zip(self._ways, self._pending.popleft(), strict=True):
+                receive(copied.take())
 
 
 class _Lane:
     """The way of one ring to the host."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._ring = watch.ring
+    def __init__(self, ring: Shaped[Tensor, "slot site batch n_vec"]) -> None:
+        self._ring = ring
         self._cuda = self._ring.is_cuda
         self._side = _stream_on(self._ring.device) if self._cuda else None
         self._last: torch.cuda.Event | None = None

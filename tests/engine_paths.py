@@ -15,7 +15,8 @@ import pvcore as pv
 from pvcore_kernels import paths
 from pvcore_kernels.tiled import intervene, layers, norm, project, segment
 from tests.subjects import Subject, fresh, trio
-from tests.test_graph import BANK, KINDS, Answer, answer, check, same_ids
+from tests.test_alarms import crossings
+from tests.test_graph import BANK, KINDS, PROMPTS, Answer, answer, check, same_ids
 
 FAMILIES = ("qwen2", "llama", "gemma2", "gpt2")
 FUSED_FAMILIES, FUSED_OP = ("qwen2", "llama", "gemma"), "add_rmsnorm_steer_project"
@@ -106,6 +107,47 @@ def check_generation(
         }
     else:
         assert counts == expected
+
+
+def check_alarms(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Any,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Alarms of a kernel's scores are those that a loop over these very scores finds.
+
+    The levels are scores of a first run, so that a verdict of the next may hang on equality.
+    """
+    found = on(device, dtype, "qwen2")
+    rung: list[int] = []
+    with switched(monkeypatch, True):
+        with found.model.monitor(BANK) as plain:
+            found.model.generate_ids(PROMPTS, engine=engine, max_new_tokens=TOKENS, do_sample=False)
+        levels = {trait: float(plain[trait].steps[3, 1, 1]) for trait in BANK.traits}
+        for on_alarm in (None, lambda alarm, controls: rung.append(alarm.step)):
+            guarded = found.model.monitor(BANK, alarms=levels, on_alarm=on_alarm)
+            with guarded as seen:
+                found.model.generate_ids(
+                    PROMPTS, engine=engine, max_new_tokens=TOKENS, do_sample=False
+                )
+            wanted = {
+                (trait, site, chat, step)
+                for trait, level in levels.items()
+                for place, site in enumerate(BANK.sites)
+                for chat in range(len(PROMPTS))
+                for step in crossings(seen[trait].steps[:, place, chat].tolist(), level, level)
+            }
+            told = [(one.trait, one.site, one.chat, one.step) for one in seen.alarms]
+            assert len(told) == len(set(told)) == len(wanted)
+            assert set(told) == wanted
+            assert max(step for *_, step in told) > 0
+            if device == "cpu":
+                assert all(
+                    float(seen[trait].steps[3, 1, 1]) == level for trait, level in levels.items()
+                )
+    assert rung == [one.step for one in seen.alarms]
 
 
 def check_means(monkeypatch: pytest.MonkeyPatch, *, device: str = "cpu") -> None:

@@ -8,6 +8,9 @@ import torch
 
 import pvcore as pv
 from pvcore.errors import HookError, VectorError
+from pvcore.frames import Call
+from pvcore.monitor import _Record
+from pvcore.sessions import Columns
 from tests.families import build, tokenizer
 from tests.subjects import prompts, subject
 from tests.test_plan import vector
@@ -257,3 +260,13 @@ def test_what_was_put_together_early_grows_with_the_reply(engine):
     for _, humor in found:
         assert torch.equal(humor, wanted[: len(humor)])
     assert torch.equal(seen["humor"].steps, wanted)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (2, 5), (4, 5)])
+def test_the_newest_of_a_prompt_in_chunks_is_each_rows_last_token(lengths: tuple[int, int]) -> None:
+    scores, site = torch.arange(20.0).view(2, 5, 2), pv.resid_post(0)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    call = Call(rows=torch.arange(2), n_chats=2, mask=mask, last=None, generating=False)
+    record = _Record(call=call, columns=Columns(1), given={site: [scores[:, :3], scores[:, 3:]]})
+    wanted = torch.stack([scores[row, length - 1] for row, length in enumerate(lengths)])
+    assert torch.equal(record.newest([site]), wanted[None])

@@ -12,6 +12,7 @@ from tests.engine_paths import (
     FAMILIES,
     FUSED_FAMILIES,
     PLANS,
+    check_alarms,
     check_fused_norms,
     check_generation,
     check_means,
@@ -37,6 +38,12 @@ def test_generations_by_kernels_are_those_of_the_reference(family, engine, kind,
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_rows_of_sixteen_bits_are_scored_the_same(engine, monkeypatch):
     check_generation(monkeypatch, "qwen2", "monitor", engine, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_alarms_by_the_kernel_are_those_of_its_scores(engine, dtype, monkeypatch):
+    check_alarms(monkeypatch, engine, device="cuda", dtype=dtype)
 
 
 def test_means_by_the_kernel_are_those_of_the_reference(monkeypatch):

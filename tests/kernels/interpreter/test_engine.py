@@ -8,6 +8,7 @@ from tests.engine_paths import (
     FAMILIES,
     FUSED_FAMILIES,
     PLANS,
+    check_alarms,
     check_fused_norms,
     check_generation,
     check_means,
@@ -28,6 +29,11 @@ def test_generations_by_kernels_are_those_of_the_reference(family, engine, kind,
 def test_rows_of_sixteen_bits_are_scored_the_same(engine, monkeypatch):
     chosen = pv.Graph(backend="eager") if engine == "graph" else engine
     check_generation(monkeypatch, "qwen2", "monitor", chosen, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_alarms_by_the_kernel_are_those_of_its_scores(engine, monkeypatch):
+    check_alarms(monkeypatch, pv.Graph(backend="eager") if engine == "graph" else engine)
 
 
 def test_means_by_the_kernel_are_those_of_the_reference(monkeypatch):
