@@ -16,6 +16,7 @@ from pvcore.frames import Call, Outcome
 from pvcore.interventions import Ablate, Add, Cap, Intervention
 from pvcore.monitor import Seen
 from pvcore.plan import Plan
+from pvcore.summaries import Keep
 from pvcore.vectors import VectorBank
 
 Standby = Sequence[Intervention] | Mapping[Intervention, int | float]
@@ -120,8 +121,8 @@ def _sets(intervention: Intervention) -> Callable[[Alarm, Controls], None]:
 class Guard(Seen):
     """What a monitor with alarms saw: also `alarms`, in the order they rang."""
 
-    def __init__(self, bank: VectorBank | None, rules: Rules) -> None:
-        super().__init__(bank)
+    def __init__(self, bank: VectorBank | None, rules: Rules, keep: Keep | str = "all") -> None:
+        super().__init__(bank, keep)
         self._rules = rules
         self.dials = tuple(Dial(float(level)) for _, level in rules.standby)
         self._bells: dict[Call, AlarmBell] = {}

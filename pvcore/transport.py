@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvcore.frames import Call
 from pvcore.resident import Watch
-from pvcore.sessions import Scorer
+from pvcore.sessions import Folder, Scorer
 
 
 class _Copied:
@@ -35,15 +35,19 @@ class Transport:
     """Carries the scores of one generation. Nothing in the token loop waits for the device.
 
     Half a ring at a time is copied, on a stream of its own where the device has streams, while the
-    other half fills. `paced` hands over every step at once, which waits for it.
+    other half fills. `paced` hands over every step at once, which waits for it. Scores that are
+    summed up are folded on the device instead, as often.
     """
 
     def __init__(
         self, call: Call, scorers: Sequence[Scorer], watches: Sequence[Watch], *, paced: bool
     ) -> None:
         self._call, self._paced = call, paced
-        self._lanes = [_Lane(watch) for watch in watches]
-        self._scorers = tuple(scorers)
+        ways = list(zip(scorers, watches, strict=True))
+        self._folds = [(one, watch) for one, watch in ways if isinstance(one, Folder) and one.folds]
+        kept = [way for way in ways if way not in self._folds]
+        self._lanes = [_Lane(watch) for _, watch in kept]
+        self._scorers = tuple(scorer for scorer, _ in kept)
         slots = min((len(watch.ring) for watch in watches), default=2)
         self._every = 1 if paced else slots // 2
         self._sent = self.made = 0
@@ -63,13 +67,27 @@ class Transport:
 
     def _send(self) -> None:
         first, self._sent = self._sent, self.made
-        if first < self.made:
+        if first == self.made:
+            return
+        for folder, watch in self._folds:
+            for part in _slots(watch.ring, first, self.made):
+                folder.fold(self._call, part)
+        if self._lanes:
             self._pending.append([lane.copy(first, self.made) for lane in self._lanes])
 
     def _deliver(self, *, wait: bool) -> None:
         while self._pending and (wait or all(one.arrived() for one in self._pending[0])):
             for scorer, copied in zip(self._scorers, self._pending.popleft(), strict=True):
                 scorer.receive(self._call, copied.take())
+
+
+def _slots(
+    ring: Float[Tensor, "slot site batch n_vec"], first: int, end: int
+) -> list[Float[Tensor, "step site batch n_vec"]]:
+    """Where steps `first` to `end` lie in a ring, at most as many as it holds, in their order."""
+    at, count = first % len(ring), end - first
+    cut = min(len(ring) - at, count)
+    return [ring[at : at + cut], ring[: count - cut]] if cut < count else [ring[at : at + cut]]
 
 
 class _Lane:
@@ -83,14 +101,12 @@ class _Lane:
 
     def copy(self, first: int, end: int) -> _Copied:
         """Start copying steps `first` to `end`, at most as many as the ring holds."""
-        slots = len(self._ring)
         host = torch.empty(
             (end - first, *self._ring.shape[1:]), dtype=self._ring.dtype, pin_memory=self._cuda
         )
-        cut = min(slots - first % slots, end - first)
-        parts = [(host[:cut], self._ring[first % slots :][:cut])]
-        if cut < end - first:
-            parts.append((host[cut:], self._ring[: end - first - cut]))
+        sources = _slots(self._ring, first, end)
+        targets = torch.split(host, [len(source) for source in sources])
+        parts = list(zip(targets, sources, strict=True))
         if self._side is None:
             for target, source in parts:
                 target.copy_(source)
