@@ -7,14 +7,14 @@ from typing import Any, Literal, TypeVar, overload
 from pvcore.alarms import Alarms
 from pvcore.blocks import Decoder
 from pvcore.errors import PlanError
-from pvcore.guards import Guard, Reaction, Rules, Standby
+from pvcore.guards import Guard, GuardSummary, Reaction, Rules, Standby
 from pvcore.interventions import Intervention
-from pvcore.monitor import Seen
+from pvcore.monitor import Seen, SeenSummary
 from pvcore.plan import Plan
 from pvcore.programs import SiteProgram, compile_programs
 from pvcore.sessions import Reader, Session
 from pvcore.sites import Site
-from pvcore.summaries import GuardSummary, Keep, SeenSummary, check_keep
+from pvcore.summaries import Keep, check_keep
 from pvcore.taps import Taps
 from pvcore.trace import Tracing
 from pvcore.vectors import VectorBank
@@ -52,10 +52,11 @@ class Arming:
         if not isinstance(plan, Plan):
             raise PlanError(f"got {type(plan).__name__}; wanted a Plan, as in pv.Plan(pv.Add(...))")
         self._tracing.refuse_inside("a plan to arm")
-        if check_keep(keep) == "summary" and plan.monitor is None:
+        kind = SeenSummary if check_keep(keep) == "summary" else Seen
+        if kind is SeenSummary and plan.monitor is None:
             raise PlanError('got keep="summary" and a plan that watches nothing: give it monitor=')
         plan.check(self._decoder, self.model_id, check_model=check_model)
-        return self._armed(plan, Seen(plan.monitor, keep))
+        return self._armed(plan, kind(plan.monitor))
 
     @contextmanager
     def _armed(self, plan: Plan, seen: Shown) -> Iterator[Shown]:
@@ -158,8 +159,9 @@ class Arming:
         `on_alarm` every token waits for its projections, and so it does for `alarms` of which
         summaries are kept.
         """
+        kind = GuardSummary if check_keep(keep) == "summary" else Guard
         rules = Rules.of(bank, alarms, on_alarm, standby)
         self._tracing.refuse_inside("a plan to arm")
         plan = Plan(*rules.interventions, monitor=bank)
         self.check(plan, check_model=check_model)
-        return self._armed(plan, Guard(bank, rules, keep))
+        return self._armed(plan, kind(bank, rules))

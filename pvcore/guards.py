@@ -14,9 +14,8 @@ from pvcore.dials import Dial
 from pvcore.errors import PlanError
 from pvcore.frames import Call, Outcome
 from pvcore.interventions import Ablate, Add, Cap, Intervention
-from pvcore.monitor import Seen
+from pvcore.monitor import Seen, SeenSummary
 from pvcore.plan import Plan
-from pvcore.summaries import Keep
 from pvcore.vectors import VectorBank
 
 Standby = Sequence[Intervention] | Mapping[Intervention, int | float]
@@ -121,8 +120,8 @@ def _sets(intervention: Intervention) -> Callable[[Alarm, Controls], None]:
 class Guard(Seen):
     """What a monitor with alarms saw: also `alarms`, in the order they rang."""
 
-    def __init__(self, bank: VectorBank | None, rules: Rules, keep: Keep | str = "all") -> None:
-        super().__init__(bank, keep)
+    def __init__(self, bank: VectorBank | None, rules: Rules) -> None:
+        super().__init__(bank)
         self._rules = rules
         self.dials = tuple(Dial(float(level)) for _, level in rules.standby)
         self._bells: dict[Call, AlarmBell] = {}
@@ -209,3 +208,7 @@ class Guard(Seen):
             )
         check_level(intervention, level)
         return self.dials[waiting.index(intervention)]
+
+
+class GuardSummary(Guard, SeenSummary):
+    """A guard that keeps summaries in place of all scores."""

@@ -8,7 +8,6 @@ costs more than the arithmetic, several steps together unless somebody asks for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +19,7 @@ from pvcore.frames import Call, Frame, Outcome, chat_order
 from pvcore.outflow import PIECE_BYTES, Outflow, leaves
 from pvcore.sessions import Columns, Copies, Take
 from pvcore.sites import Site
-from pvcore.summaries import Keep, Summary, beside, check_keep
+from pvcore.summaries import Summary, TraitSummary, beside
 from pvcore.vectors import VectorBank
 from pvcore_kernels import paths
 from pvcore_kernels.reference import accumulator
@@ -129,15 +128,14 @@ class _Record:
 class Seen:
     """What a monitor saw: `seen["evil"].last_prompt_token`, `.steps` and `.prompt`.
 
-    Calls made inside one block follow each other along the chat axis. One that keeps summaries
-    gives a `TraitSummary` in place of `TraitScores`.
+    Calls made inside one block follow each other along the chat axis.
     """
 
     before = False
+    folds = False
 
-    def __init__(self, bank: VectorBank | None, keep: Keep | str = "all") -> None:
+    def __init__(self, bank: VectorBank | None) -> None:
         self._bank = bank
-        self.folds = check_keep(keep) == "summary"
         self._records: dict[Call, _Record] = {}
         self._units: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._one_device: bool | None = None
@@ -155,6 +153,14 @@ class Seen:
         return len(self.traits)
 
     def __getitem__(self, trait: str) -> TraitScores:
+        at, records = self._asked(trait)
+        parts = [(steps[at], prompt[at]) for steps, prompt in map(self._tables, records)]
+        order = chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
+        steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
+        return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
+
+    def _asked(self, trait: str) -> tuple[int, list[_Record]]:
+        """A trait's place in the bank, and all that has been seen so far."""
         if self._bank is None:
             raise VectorError(f"got {trait!r}, but this plan watches nothing: give it monitor=bank")
         if trait not in self.traits:
@@ -164,16 +170,7 @@ class Seen:
         records = list(self._records.values())
         for record in records:
             self._catch_up(record)
-        at = self.traits.index(trait)
-        if self.folds:
-            # Whoever asked for summaries knows what comes: see `SeenSummary`.
-            summaries = [one.summary.trait(at) for one in records if one.summary is not None]
-            order = chat_order([one.call for one in records], [len(one.count) for one in summaries])
-            return cast(TraitScores, beside(summaries, order))
-        parts = [(steps[at], prompt[at]) for steps, prompt in map(self._tables, records)]
-        order = chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
-        steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
-        return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
+        return self.traits.index(trait), records
 
     def begin(self, frame: Frame) -> Take:
         if not frame.declared and (frame.call.generating or frame.start > 0):
@@ -353,6 +350,21 @@ class Seen:
         followed = rows.permute(2, 0, 3, 1).contiguous()
         over = torch.arange(count)[:, None] >= outcome.lengths
         return followed.masked_fill(over[:, None], torch.nan), prompt[..., outcome.rows[:, 0]]
+
+
+class SeenSummary(Seen):
+    """What a monitor saw that keeps no projection of any step: `seen["evil"]` is a `TraitSummary`.
+
+    Calls made inside one block follow each other along the chat axis.
+    """
+
+    folds = True
+
+    def __getitem__(self, trait: str) -> TraitSummary:  # type: ignore[override]
+        at, records = self._asked(trait)
+        parts = [one.summary.trait(at) for one in records if one.summary is not None]
+        order = chat_order([one.call for one in records], [len(part.count) for part in parts])
+        return beside(parts, order)
 
 
 def _patience(rows: Sequence[Float[Tensor, "batch 1 d_model"]]) -> int:

@@ -8,7 +8,7 @@ forwards; the answers are added up on the device, so that no fold waits for it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,10 +16,8 @@ from torch import Tensor
 
 import pvcore_kernels as kernels
 from pvcore import outflow
-from pvcore.alarms import Alarm
 from pvcore.errors import HookError, PlanError
 from pvcore.frames import Call, Outcome
-from pvcore.sites import Site
 
 Keep = Literal["all", "summary"]
 
@@ -43,25 +41,6 @@ class TraitSummary:
     mean: Float[Tensor, "layer chat"]
     highest: Float[Tensor, "layer chat"]
     lowest: Float[Tensor, "layer chat"]
-
-
-class SeenSummary(Protocol):
-    """What a plan's monitor shows with `keep="summary"`."""
-
-    @property
-    def traits(self) -> tuple[str, ...]: ...
-
-    @property
-    def sites(self) -> tuple[Site, ...]: ...
-
-    def __getitem__(self, trait: str) -> TraitSummary: ...
-
-
-class GuardSummary(SeenSummary, Protocol):
-    """What a monitor with alarms shows with `keep="summary"`."""
-
-    @property
-    def alarms(self) -> tuple[Alarm, ...]: ...
 
 
 def check_keep(keep: object) -> Keep:
@@ -93,6 +72,7 @@ class Reach:
         self.steps = self.steps.to(done.device) + ~done
 
 
+@runtime_checkable
 class Ended(Protocol):
     """What knows which rows have ended, by criteria of the caller's own too."""
 
