@@ -43,6 +43,7 @@ from pvcore.sites import resid_post as resid_post
 from pvcore.sites import resid_pre as resid_pre
 from pvcore.stream import Step as Step
 from pvcore.streamer import ProjectionStreamer as ProjectionStreamer
+from pvcore.summaries import TraitSummary as TraitSummary
 from pvcore.training import prevent as prevent
 from pvcore.traits import Trait as Trait
 from pvcore.vectors import PersonaVector as PersonaVector

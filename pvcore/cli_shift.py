@@ -98,7 +98,12 @@ def _shifts(
     before = world_model() if base == WORLD else base
     if not checkpoints(tuned):
         return {tuned: finetuning_shift(before, tuned, bank, chats, **settings)}
-    return dict(shift_trajectory(before, tuned, bank, chats, **settings).items())
+    found: dict[int | str, FinetuningShift] = {}
+    found.update(shift_trajectory(before, tuned, bank, chats, **settings).items())
+    if any((Path(tuned) / name).exists() for name in ("config.json", "adapter_config.json")):
+        # A trainer's folder holds its checkpoints and, once saved, the model itself.
+        found[tuned] = finetuning_shift(before, tuned, bank, chats, **settings)
+    return found
 
 
 def _name(key: int | str) -> str:
@@ -116,7 +121,10 @@ def _page(base: str, tuned: str, found: "Mapping[int | str, FinetuningShift]") -
     steps = [key for key in found if isinstance(key, int)]
     if steps:
         for place, site in enumerate(shifts[0].sites):
-            lines = {t: [float(one[t][place]) for one in shifts] for t in shifts[0].shifts}
+            lines = {
+                trait: [float(found[step][trait][place]) for step in steps]
+                for trait in shifts[0].shifts
+            }
             blocks.append(Figure(svg=shift_over_steps(steps, lines, site=str(site))))
     return Page(
         title="Finetuning shift",

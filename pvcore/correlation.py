@@ -69,10 +69,10 @@ def correlations(
     The difference between levels makes `overall` high even where single replies are not foretold:
     `within` pools the replies after subtracting the means of their level. Replies to one prompt are
     not independent, so intervals are about other prompts at these levels: Fisher's counts prompts
-    for replies, which errs towards wide ones, and the bootstrap draws each level's prompts anew,
-    `resamples` times, with all their replies (no interval where a level has one prompt only).
-    Levels whose scores have a standard deviation below `least_spread` count as saying nothing, in
-    all figures (the paper, appendix C.2, leaves out those below 1).
+    for replies, which errs towards wide ones (unequal ones by Kish's effective size); the bootstrap
+    draws each level's prompts anew, `resamples` times, with all their replies (no interval where a
+    level has one prompt only). Levels whose scores have a standard deviation below `least_spread`
+    count as saying nothing, in all figures (the paper, appendix C.2, leaves out those below 1).
     """
     if interval not in ("fisher", "bootstrap"):
         raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
@@ -81,8 +81,9 @@ def correlations(
     parts = [_numbers(rows) for rows in levels.values()]
     overall, within, prompts = _overall(parts), _within(parts), sum(map(len, clusters))
     if interval == "fisher":
-        free = prompts - len(parts) + 1
-        ends = fisher(overall, prompts, confidence), fisher(within, free, confidence)
+        weight = _weighing([len(x) for rows in clusters for x, _ in rows])
+        least = weight - len(parts) + 1
+        ends = fisher(overall, weight, confidence), fisher(within, least, confidence)
     else:
         ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(
@@ -94,6 +95,11 @@ def correlations(
         count=sum(map(len, levels.values())),
         prompts=prompts,
     )
+
+
+def _weighing(sizes: Sequence[int]) -> int:
+    """How many prompts with as many replies each would weigh as much as these, rounded down."""
+    return sum(sizes) ** 2 // sum(size**2 for size in sizes) if sizes else 0
 
 
 def _levels(

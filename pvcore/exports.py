@@ -95,6 +95,7 @@ def attributes(
         known = {name: value for name, value in _alarm(seen).items() if value is not None}
         return found | {f"{prefix}.alarm.{name}": value for name, value in known.items()}
     found[f"{prefix}.alarms"] = len(seen.alarms)
+    _require_distinct(seen.traits)
     for summary in seen.summaries():
         place = str(summary.site).replace(".", "_")
         stem = f"{prefix}.projection.{_attribute_name(summary.trait)}.{place}"
@@ -103,6 +104,17 @@ def attributes(
             if value is not None and math.isfinite(value):
                 found[f"{stem}.{name}"] = value
     return found
+
+
+def _require_distinct(traits: Sequence[str]) -> None:
+    names: dict[str, str] = {}
+    for trait in traits:
+        other = names.setdefault(_attribute_name(trait), trait)
+        if other != trait:
+            raise ExportError(
+                f"got traits {other!r} and {trait!r}, which are one name among attributes, "
+                f"{_attribute_name(trait)!r}; rename one of them"
+            )
 
 
 def _attribute_name(text: str) -> str:

@@ -87,7 +87,8 @@ class Feed:
             for raw in source.rows(form.known):
                 if witness is not None:
                     witness.see(raw)
-                    if raw.row == 0 and hasattr(source.held, "__next__"):
+                    # What has a length can be read again; any other may go on where it was left.
+                    if raw.row == 0 and not hasattr(source.held, "__len__"):
                         self.begins(source.name, str(witness.tally["sha256"]))
                 yield source, raw
 

@@ -44,6 +44,10 @@ class OwnReplies(Protocol):
         """The reply to each sample's prompt; None where there is none."""
         ...
 
+    def meet(self, rows: Iterable[tuple[str, str, int]]) -> None:
+        """Every row of a portion as `(id, source, row)`, also those that nobody asks about."""
+        ...
+
 
 def in_subset(source: str, row: int, share: Number, seed: int) -> bool:
     """Whether a row, known by its number, belongs to the random subset of its source."""
@@ -143,6 +147,9 @@ class GeneratedReplies:
             known |= made
         return [known[self._name(one)] for one in samples]
 
+    def meet(self, rows: Iterable[tuple[str, str, int]]) -> None:
+        """Nothing to compare: each reply is made for its own row."""
+
     def _batches(self, samples: Iterable[Sample]) -> Iterator[tuple[int, list[Sample]]]:
         """Batches, and how many tokens a reply in each may have; no row's depends on another."""
         # Prompts of one length together: less padding, and the same batches on every machine.
@@ -187,10 +194,8 @@ class RepliesOnFile:
     """
 
     def __init__(self, source: Source) -> None:
-        with _room():
-            handle, self._path = tempfile.mkstemp(prefix="pvcore-replies-", suffix=".sqlite")
-            os.close(handle)
-        self._index = sqlite3.connect(self._path, check_same_thread=False)
+        # A database without a name is gone with its process, however that ends.
+        self._index = sqlite3.connect("", check_same_thread=False)
         try:
             with _room():
                 self._fill(source)
@@ -232,6 +237,13 @@ class RepliesOnFile:
                     "replies with `source` and `row`"
                 )
 
+    def meet(self, rows: Iterable[tuple[str, str, int]]) -> None:
+        """Have no reply by id taken for another row of that id, whether or not it is asked about.
+
+        Rows that have a reply by their place need none by id.
+        """
+        self.seen(row for row in rows if self._reply("place", f"{row[1]}:{row[2]}") is None)
+
     def _found(self, sample: Sample) -> str | None:
         place = f"{sample.source}:{sample.row}"
         by_place = self._reply("place", place)
@@ -248,7 +260,6 @@ class RepliesOnFile:
 
     def close(self) -> None:
         self._index.close()
-        Path(self._path).unlink(missing_ok=True)
 
 
 @contextmanager

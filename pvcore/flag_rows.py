@@ -152,7 +152,10 @@ def row_id(record: object) -> str | None:
         for name in IDS:
             value = record.get(name)
             if isinstance(value, Integral) and not isinstance(value, bool):
-                value = str(value)  # as NumPy's
+                try:
+                    value = str(value)  # as NumPy's
+                except ValueError:  # Python writes no more than some thousand digits
+                    raise RowDefect(name, "got an integer too long to be written") from None
             if isinstance(value, str) and value and is_unicode(value):
                 if len(value) > LONGEST_ID:
                     raise RowDefect(

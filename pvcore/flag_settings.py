@@ -91,9 +91,10 @@ def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> No
         raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
     model.check(Plan(monitor=bank), check_model=check_model)
     armed_on(model)
-    if model.hf.training:
+    if any(module.training for module in model.hf.modules()):
         raise FlagError(
-            "got a model in training mode, whose dropout makes scores random; call model.hf.eval()"
+            "got a model in training mode, in whole or in part, whose dropout makes scores random; "
+            "call model.hf.eval()"
         )
 
 

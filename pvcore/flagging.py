@@ -224,6 +224,9 @@ class Scan:
 
     def _part(self, portion: Portion, scorer: Scorer, own: OwnReplies | None) -> Part:
         samples = list(portion.samples)
+        if own is not None:
+            asked = [(one.id, one.source, one.row) for one in samples]
+            own.meet([*asked, *((one.id, one.source, one.row) for one in portion.rejected)])
         scores, replied = self._scored(portion.shard, samples, scorer, own)
         samples, scores, more = _sound(samples, scores, replied, self.bank)
         return Part(

@@ -6,7 +6,7 @@ would be a guess. Columns count all positions since the start of the sequence, p
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -52,6 +52,20 @@ class Outcome:
 
     rows: Int[Tensor, "sequence step"]
     lengths: Int[Tensor, " sequence"]
+
+
+def chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:
+    """Calls in the order they came; parts of one request in the order of its chats."""
+    first: dict[object, int] = {}
+    keys: list[tuple[int, int]] = []
+    for number, (call, n_rows) in enumerate(zip(calls, counts, strict=True)):
+        group = first.setdefault(call.group, number)
+        keys += (
+            [(group, int(chat)) for chat in call.rows]
+            if not call.generating
+            else ([(group, sequence) for sequence in range(n_rows)])
+        )
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 # Under which a call keeps the columns its recurrent state has seen, its newest frame, and of a

@@ -18,7 +18,8 @@ from pvcore.errors import HookError, ModelError, PlanError
 from pvcore.frames import Call, Outcome, columns_run
 from pvcore.graph import Graph, GraphEngine
 from pvcore.guards import Guard
-from pvcore.sessions import session_on
+from pvcore.sessions import Folder, session_on
+from pvcore.summaries import Ending, Reach
 from pvcore.taps import Taps
 
 _OURS = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
@@ -167,8 +168,9 @@ class Request:
             generating=True,
         )
         armed = self.taps.is_armed()
+        reach = Reach(call) if self._sums_up() else None
         guards = self._guards(watcher is not None)
-        settings, ends = self._prepared(call, guards, watcher)
+        settings, ends = self._prepared(call, guards, watcher, reach)
         with self.taps.calling(call) as outcomes:
             output = self._generate(call, watcher is not None)(
                 input_ids=self.batch.ids.to(self.device),
@@ -186,6 +188,8 @@ class Request:
                 beams = beams.cpu()
                 lengths, rows = (beams >= 0).sum(1), beams.clamp(min=0)
             outcomes.append(Outcome(rows=rows, lengths=lengths))
+        if reach is not None:
+            reach.leave(call)
         return Generated(
             sequences=tuple(row[:n] for row, n in zip(new, lengths.tolist(), strict=True))
         )
@@ -202,13 +206,30 @@ class Request:
                 "call torch.compiler.reset() first"
             )
 
+    def _sums_up(self) -> bool:
+        """Whether an armed monitor keeps summaries; `PlanError` where they would be wrong."""
+        session = session_on(self.taps.key)
+        readers = session.readers if session else ()
+        sums_up = any(isinstance(reader, Folder) and reader.folds for reader in readers)
+        if sums_up and (self._setting("num_beams") or 1) > 1:
+            raise PlanError(
+                'got beams under a monitor with keep="summary": which steps a returned sequence '
+                'came through is known only when the search ends; use keep="all", or greedy or '
+                "sampling"
+            )
+        return sums_up
+
     def _guards(self, streams: bool) -> list[Guard]:
-        """The armed guards that each token waits for; in a stream those are all with alarms."""
+        """The armed guards that each token waits for.
+
+        All with alarms in a stream, or where scores are gone before they could be looked back at.
+        """
         session = session_on(self.taps.key)
         guards = [
             reader
             for reader in (session.readers if session else ())
-            if isinstance(reader, Guard) and (reader.acts or (streams and reader.sounds))
+            if isinstance(reader, Guard)
+            and (reader.acts or (reader.sounds and (streams or reader.folds)))
         ]
         if guards and (self._setting("num_beams") or 1) > 1:
             raise PlanError(
@@ -225,7 +246,11 @@ class Request:
         return partial(engine.generate, graph, call, self._setting, streams)
 
     def _prepared(
-        self, call: Call, guards: Sequence[Guard], watcher: Watcher | None
+        self,
+        call: Call,
+        guards: Sequence[Guard],
+        watcher: Watcher | None,
+        reach: Reach | None,
     ) -> tuple[dict[str, Any], _Ends | None]:
         """Settings for transformers, with the criteria that know where a row ended."""
         from transformers import StoppingCriteriaList
@@ -247,6 +272,8 @@ class Request:
             ends = _Ends([*criteria, *self._stop_strings()], self._end_ids, len(call.rows))
             watch = _Watch(call, guards, watcher, ends, self._most_columns)
             criteria = [ends, watch] if watched else [ends]
+        if reach is not None:
+            criteria.append(Ending(reach, self._end_ids, ends))
         if criteria:
             settings["stopping_criteria"] = StoppingCriteriaList(criteria)
         return settings, ends

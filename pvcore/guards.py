@@ -15,7 +15,7 @@ from pvcore.errors import PlanError
 from pvcore.frames import Call, Outcome
 from pvcore.hearing import Hearing
 from pvcore.interventions import Ablate, Add, Cap, Intervention
-from pvcore.monitor import Seen
+from pvcore.monitor import Seen, SeenSummary
 from pvcore.plan import Plan
 from pvcore.resident_alarms import Bells
 from pvcore.vectors import VectorBank
@@ -224,3 +224,7 @@ class Guard(Seen):
             )
         check_level(intervention, level)
         return self.dials[waiting.index(intervention)]
+
+
+class GuardSummary(Guard, SeenSummary):
+    """A guard that keeps summaries in place of all scores."""

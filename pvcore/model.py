@@ -1,7 +1,6 @@
 """HookedModel: a Hugging Face causal language model whose residual stream is in reach."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -19,17 +18,15 @@ from pvcore.activations import (
     run_to_deepest,
 )
 from pvcore.alarms import Alarms
+from pvcore.arming import Arming
 from pvcore.blocks import find_decoder, input_device, max_length, require_embedded
 from pvcore.chats import Chats, Encoded
 from pvcore.errors import ChatError, ModelError, PlanError
 from pvcore.generation import Request
 from pvcore.graph import Engine, Graph, GraphEngine, check_engine
 from pvcore.guards import Guard, Reaction, Rules, Standby
-from pvcore.interventions import Intervention
-from pvcore.monitor import Seen
 from pvcore.plan import Plan
-from pvcore.programs import SiteProgram, compile_programs
-from pvcore.sessions import Reader, Session
+from pvcore.sessions import Reader
 from pvcore.sites import Site, as_sites
 from pvcore.spans import Span, check_span
 from pvcore.stream import Step
@@ -39,7 +36,7 @@ from pvcore.trace import Residuals, Tracing
 from pvcore.vectors import VectorBank
 
 
-class HookedModel:
+class HookedModel(Arming):
     """Read, patch, steer and monitor a decoder-only transformers model.
 
     The model is used as it is: nothing is replaced or renamed, and `hf` stays usable on its own.
@@ -126,102 +123,6 @@ class HookedModel:
     @property
     def resid_post(self) -> Residuals:
         return Residuals("resid_post", self._tracing)
-
-    def arm(self, plan: Plan, *, check_model: bool = True) -> AbstractContextManager[Seen]:
-        """Run a plan in every forward inside the `with` block, in this thread only.
-
-        Plans nest: an inner one acts after the outer one. Raises one typed error before anything
-        is armed if the plan does not fit, and `HookError` on leaving if no forward ran.
-        """
-        if not isinstance(plan, Plan):
-            raise PlanError(f"got {type(plan).__name__}; wanted a Plan, as in pv.Plan(pv.Add(...))")
-        self._tracing.refuse_inside("a plan to arm")
-        plan.check(self._decoder, self.model_id, check_model=check_model)
-        return self._armed(plan)
-
-    @contextmanager
-    def _armed(self, plan: Plan) -> Iterator[Seen]:
-        seen = Seen(plan.monitor)
-        with self._taps.armed(
-            compile_programs(plan.interventions),
-            readers=[seen] if plan.monitor else [],
-            row_counts=plan.row_counts,
-        ):
-            yield seen
-
-    def arm_programs(
-        self, plan: Plan, programs: Mapping[Site, SiteProgram], *, check_model: bool = True
-    ) -> AbstractContextManager[Session]:
-        """Arm a plan whose steps are carried out by programs of the caller's own."""
-        self._tracing.refuse_inside("a plan to arm")
-        self.check(plan, check_model=check_model)
-        return self._taps.armed(programs, row_counts=plan.row_counts)
-
-    def hold_programs(
-        self,
-        plan: Plan,
-        programs: Mapping[Site, SiteProgram],
-        *,
-        lapsed: Callable[[], bool],
-        check_model: bool = True,
-    ) -> Callable[[], None]:
-        """Like `arm_programs` without a block: until `lapsed` is true or the result is called.
-
-        For programs that act with gradients on.
-        """
-        self._tracing.refuse_inside("a plan to arm")
-        self.check(plan, check_model=check_model)
-        return self._taps.hold(programs, row_counts=plan.row_counts, lapsed=lapsed)
-
-    def hold_reader(
-        self, plan: Plan, reader: Reader, *, lapsed: Callable[[], bool], check_model: bool = True
-    ) -> Callable[[], None]:
-        """Like `hold_programs`, for a reader of one's own at the sites of the plan's monitor."""
-        self._tracing.refuse_inside("a plan to arm")
-        self.check(plan, check_model=check_model)
-        return self._taps.hold({}, readers=[reader], lapsed=lapsed)
-
-    def check(self, plan: Plan, *, check_model: bool = True) -> None:
-        """Raise one `PlanError` or `SiteError` if a plan does not fit this model."""
-        plan.check(self._decoder, self.model_id, check_model=check_model)
-
-    def steer(
-        self, *interventions: Intervention, check_model: bool = True
-    ) -> AbstractContextManager[Seen]:
-        """Short for `arm(Plan(*interventions))`."""
-        return self.arm(Plan(*interventions), check_model=check_model)
-
-    def monitor(
-        self,
-        bank: VectorBank,
-        *,
-        alarms: Alarms | None = None,
-        on_alarm: Reaction | str | None = None,
-        standby: Standby = (),
-        check_model: bool = True,
-    ) -> AbstractContextManager[Guard]:
-        """Short for `arm(Plan(monitor=bank))`, with alarms.
-
-        `alarms` maps a trait of the bank to a number or a `Threshold`, or to one for each layer
-        that is to ring; each crossing from below rings once, per reply. `on_alarm` decides what
-        happens from the next token on: `"stop"` ends the reply, an intervention acts on it from
-        then on, a function is given the `Alarm` and the `Controls` of the reply. Interventions it
-        may set are named in `standby`, with the level they begin at if that is not 0. With
-        `on_alarm` every token waits for its projections; in compiled generation for whether one of
-        them rang.
-        """
-        rules = Rules.of(bank, alarms, on_alarm, standby)
-        self._tracing.refuse_inside("a plan to arm")
-        plan = Plan(*rules.interventions, monitor=bank)
-        self.check(plan, check_model=check_model)
-        return self._guarded(plan, rules)
-
-    @contextmanager
-    def _guarded(self, plan: Plan, rules: Rules) -> Iterator[Guard]:
-        seen = Guard(plan.monitor, rules)
-        programs = compile_programs(plan.interventions, seen.dials)
-        with self._taps.armed(programs, readers=[seen], row_counts=plan.row_counts):
-            yield seen
 
     def read(
         self,
@@ -396,4 +297,4 @@ class HookedModel:
             return steps(request, self.tokenizer, None)
         plan = Plan(*rules.interventions, monitor=bank)
         self.check(plan, check_model=check_model)
-        return steps(request, self.tokenizer, lambda: self._guarded(plan, rules))
+        return steps(request, self.tokenizer, lambda: self._armed(plan, Guard(bank, rules)))

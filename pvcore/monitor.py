@@ -15,10 +15,12 @@ from torch import Tensor
 
 import pvcore_kernels as kernels
 from pvcore.errors import HookError, VectorError
-from pvcore.frames import Call, Frame, Outcome
+from pvcore.frames import Call, Frame, Outcome, chat_order
 from pvcore.outflow import PIECE_BYTES, Outflow, leaves
 from pvcore.sessions import Columns, Copies, Take
 from pvcore.sites import Site
+from pvcore.step_tables import beside_each_other, ragged
+from pvcore.summaries import Summary, TraitSummary, beside
 from pvcore.vectors import VectorBank
 from pvcore_kernels import paths
 from pvcore_kernels.reference import accumulator
@@ -57,6 +59,8 @@ class _Record:
     # Brings what an engine has scored and not handed over; None when nothing is under way.
     fetch: Callable[[], None] | None = None
     outcome: Outcome | None = None
+    # Takes the scores where nothing else is to be kept of them.
+    summary: Summary | None = None
     # Steps and prompt of all traits as they were last put together, and of how much.
     tables: tuple[Tensor, Tensor] | None = None
     told: tuple[int, int, bool] = (0, 0, False)
@@ -90,6 +94,9 @@ class _Record:
 
     def keep(self, steps: Sequence[Float[Tensor, "site batch n_vec"]]) -> None:
         """Add the scores of new steps; many leave their device together."""
+        if self.summary is not None:
+            self.summary.add(steps)
+            return
         self.steps += steps
         if not leaves(steps[0].device):
             return
@@ -110,6 +117,8 @@ class _Record:
 
     def newest(self, sites: Sequence[Site]) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made."""
+        if self.summary is not None:
+            return self.summary.newest()
         self.outflow.settle()
         if self.steps:
             return self.steps[-1].cpu()
@@ -133,6 +142,7 @@ class Seen:
     """
 
     before = False
+    folds = False
 
     def __init__(self, bank: VectorBank | None) -> None:
         self._bank = bank
@@ -153,6 +163,14 @@ class Seen:
         return len(self.traits)
 
     def __getitem__(self, trait: str) -> TraitScores:
+        at, records = self._asked(trait)
+        parts = [(steps[at], prompt[at]) for steps, prompt in map(self._tables, records)]
+        order = chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
+        steps, prompt = (beside_each_other([part[k] for part in parts])[..., order] for k in (0, 1))
+        return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
+
+    def _asked(self, trait: str) -> tuple[int, list[_Record]]:
+        """A trait's place in the bank, and all that has been seen so far."""
         if self._bank is None:
             raise VectorError(f"got {trait!r}, but this plan watches nothing: give it monitor=bank")
         if trait not in self.traits:
@@ -162,11 +180,7 @@ class Seen:
         records = list(self._records.values())
         for record in records:
             self._catch_up(record)
-        at = self.traits.index(trait)
-        parts = [(steps[at], prompt[at]) for steps, prompt in map(self._tables, records)]
-        order = _chat_order([record.call for record in records], [p.shape[-1] for p, _ in parts])
-        steps, prompt = (_beside([part[k] for part in parts])[..., order] for k in (0, 1))
-        return TraitScores(last_prompt_token=steps[0], steps=steps, prompt=prompt)
+        return self.traits.index(trait), records
 
     def begin(self, frame: Frame) -> Take:
         if not frame.declared and (frame.call.generating or frame.start > 0):
@@ -174,9 +188,7 @@ class Seen:
                 "got a generation that pvcore does not run, whose beams and ends cannot be known; "
                 "monitor it with model.generate(...) or model.stream(...)"
             )
-        record = self._records.get(frame.call) or _Record(
-            call=frame.call, columns=Columns(len(self.sites))
-        )
+        record = self._records.get(frame.call) or self._new_record(frame.call)
         frame.notes[self] = record
         if not self._stepping(frame):
             return lambda place, h: self._score_given(record, place, h, frame.start)
@@ -185,6 +197,12 @@ class Seen:
             return record.look
         return lambda place, h: record.columns.rows[place].append(h[:, -1:])
 
+    def _new_record(self, call: Call) -> _Record:
+        record = _Record(call=call, columns=Columns(len(self.sites)))
+        if self.folds:
+            record.summary = Summary(call, record.last(), len(self.sites))
+        return record
+
     def columns(self, frame: Frame) -> Columns:
         record: _Record = frame.notes[self]
         return record.columns
@@ -192,6 +210,8 @@ class Seen:
     def end(self, frame: Frame) -> None:
         record: _Record = frame.notes[self]
         self._records[frame.call] = record
+        if record.summary is not None and not frame.call.generating:
+            record.summary.close(None)  # one forward is all there is
         waiting = len(record.columns.rows[0])
         if waiting == 0:
             return
@@ -205,6 +225,9 @@ class Seen:
         self, record: _Record, place: int, h: Float[Tensor, "batch pos d_model"], start: int
     ) -> None:
         """Score a prompt, or a chunk of one, where it stands."""
+        if record.summary is not None:
+            record.summary.score(place, h.detach(), self._placed(h)[place], start)
+            return
         site = self.sites[place]
         scores = record.outflow.project(h.detach(), self._placed(h)[place])
         if site not in record.given:
@@ -252,8 +275,10 @@ class Seen:
         if call in self._records:
             self._records[call].fetch = None
         if outcome is not None:
-            self._score_waiting(self._records[call])
-            self._records[call].outcome = outcome
+            self._score_waiting(record := self._records[call])
+            record.outcome = outcome
+            if record.summary is not None:
+                record.summary.close(outcome)
         elif call.generating:
             # A generation that failed has no sequences whose rows could be reported.
             self._records.pop(call, None)
@@ -267,6 +292,12 @@ class Seen:
     def receive(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
         """Scores of decode steps that an engine made without coming past `take`."""
         self._records[call].steps.extend(steps.unbind(0))
+
+    def fold(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of decode steps where an engine made them, in a ring of its own."""
+        summary = self._records[call].summary
+        assert summary is not None
+        summary.fold(steps)
 
     def newest(self, call: Call | None = None) -> Float[Tensor, "site batch n_vec"]:
         """Scores of the step just made by a call, or by the one that runs now."""
@@ -310,7 +341,7 @@ class Seen:
             own = mask[row].nonzero()[:, 0]
             prompts.append(given[..., row][:, own[own <= last[row]]])
             replies.append(given[..., row][:, own[own >= last[row]]])
-        prompt, steps = _ragged(prompts), _ragged(replies)
+        prompt, steps = ragged(prompts), ragged(replies)
         if record.outcome is None and not record.steps:
             return steps, prompt
         record.outflow.settle()
@@ -331,46 +362,24 @@ class Seen:
         return followed.masked_fill(over[:, None], torch.nan), prompt[..., outcome.rows[:, 0]]
 
 
+class SeenSummary(Seen):
+    """What a monitor saw that keeps no projection of any step: `seen["evil"]` is a `TraitSummary`.
+
+    Calls made inside one block follow each other along the chat axis.
+    """
+
+    folds = True
+
+    def __getitem__(self, trait: str) -> TraitSummary:  # type: ignore[override]
+        at, records = self._asked(trait)
+        parts = [one.summary.trait(at) for one in records if one.summary is not None]
+        order = chat_order([one.call for one in records], [len(part.count) for part in parts])
+        return beside(parts, order)
+
+
 def _patience(rows: Sequence[Float[Tensor, "batch 1 d_model"]]) -> int:
     """How many steps may wait to be scored; rows that live elsewhere or in a graph may not."""
     if any(row.device.type != "cpu" or row.requires_grad for row in rows):
         return 1
     step = sum(row.numel() * row.element_size() for row in rows)
     return min(max(WAITING_BYTES // step, 1), WAITING_STEPS)
-
-
-def _chat_order(calls: Sequence[Call], counts: Sequence[int]) -> list[int]:
-    """Calls in the order they came; parts of one request in the order of its chats."""
-    first: dict[object, int] = {}
-    keys: list[tuple[int, int]] = []
-    for number, (call, n_rows) in enumerate(zip(calls, counts, strict=True)):
-        group = first.setdefault(call.group, number)
-        keys += (
-            [(group, int(chat)) for chat in call.rows]
-            if not call.generating
-            else ([(group, sequence) for sequence in range(n_rows)])
-        )
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def _ragged(
-    parts: Sequence[Float[Tensor, "n_vec _ site"]],
-) -> Float[Tensor, "n_vec longest site row"]:
-    longest = max(part.shape[1] for part in parts)
-    padded = [
-        torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1]), value=torch.nan)
-        for part in parts
-    ]
-    return torch.stack(padded, dim=-1)
-
-
-def _beside(parts: Sequence[Float[Tensor, "_ site _"]]) -> Float[Tensor, "longest site chat"]:
-    """Tables of different lengths next to each other, NaN where one ends early."""
-    longest = max(len(part) for part in parts)
-    return torch.cat(
-        [
-            torch.nn.functional.pad(part, (0, 0, 0, 0, 0, longest - len(part)), value=torch.nan)
-            for part in parts
-        ],
-        dim=-1,
-    )

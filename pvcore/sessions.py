@@ -101,6 +101,20 @@ class Scorer(Reader, Protocol):
         """Scores of the next decode steps of a call, on the CPU."""
 
 
+@runtime_checkable
+class Folder(Scorer, Protocol):
+    """A scorer that may want its scores summed up where they are made."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether it does, and takes them by `fold` in place of `receive`."""
+
+    def fold(self, call: Call, steps: Float[Tensor, "step site batch n_vec"]) -> None:
+        """Scores of the next decode steps of a call, on their device. They are written over later
+        on: it may keep none of them, and must not wait for the device.
+        """
+
+
 class ForwardStopped(Exception):
     """Ends a forward at the deepest site that anybody asked for."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pvcore.frames import Call
 from pvcore.resident import Watch
 from pvcore.resident_alarms import Sounder
-from pvcore.sessions import Scorer
+from pvcore.sessions import Folder, Scorer
 
 
 class _Copied:
@@ -38,16 +38,21 @@ class Transport:
 
     Nothing in the token loop waits for the device.
     Half a ring at a time is copied, on a stream of its own where the device has streams, while the
-    other half fills. `paced` hands over every step at once, which waits for it.
+    other half fills. `paced` hands over every step at once, which waits for it. Scores that are
+    summed up are folded on the device instead, as often.
     """
 
     def __init__(
         self, call: Call, scorers: Sequence[Scorer], watches: Sequence[Watch], *, paced: bool
     ) -> None:
         self._paced = paced
+        self._folds: list[tuple[Watch, Callable[[Tensor], None]]] = []
         self._ways: list[tuple[_Lane, Callable[[Tensor], None]]] = []
         for scorer, watch in zip(scorers, watches, strict=True):
-            self._ways.append((_Lane(watch.ring), partial(scorer.receive, call)))
+            if isinstance(scorer, Folder) and scorer.folds:
+                self._folds.append((watch, partial(scorer.fold, call)))
+            else:
+                self._ways.append((_Lane(watch.ring), partial(scorer.receive, call)))
             bells = watch.bells
             if bells and isinstance(scorer, Sounder) and scorer.hand_over(call, bells):
                 self._ways.append((_Lane(bells.ring), partial(scorer.receive_rung, call)))
@@ -70,13 +75,27 @@ class Transport:
 
     def _send(self) -> None:
         first, self._sent = self._sent, self.made
-        if first < self.made:
+        if first == self.made:
+            return
+        for watch, fold in self._folds:
+            for part in _slots(watch.ring, first, self.made):
+                fold(part)
+        if self._ways:
             self._pending.append([lane.copy(first, self.made) for lane, _ in self._ways])
 
     def _deliver(self, *, wait: bool) -> None:
         while self._pending and (wait or all(one.arrived() for one in self._pending[0])):
             for (_, receive), copied in zip(self._ways, self._pending.popleft(), strict=True):
                 receive(copied.take())
+
+
+def _slots(
+    ring: Shaped[Tensor, "slot site batch n_vec"], first: int, end: int
+) -> list[Shaped[Tensor, "step site batch n_vec"]]:
+    """Where steps `first` to `end` lie in a ring, at most as many as it holds, in their order."""
+    at, count = first % len(ring), end - first
+    cut = min(len(ring) - at, count)
+    return [ring[at : at + cut], ring[: count - cut]] if cut < count else [ring[at : at + cut]]
 
 
 class _Lane:
@@ -90,14 +109,12 @@ class _Lane:
 
     def copy(self, first: int, end: int) -> _Copied:
         """Start copying steps `first` to `end`, at most as many as the ring holds."""
-        slots = len(self._ring)
         host = torch.empty(
             (end - first, *self._ring.shape[1:]), dtype=self._ring.dtype, pin_memory=self._cuda
         )
-        cut = min(slots - first % slots, end - first)
-        parts = [(host[:cut], self._ring[first % slots :][:cut])]
-        if cut < end - first:
-            parts.append((host[cut:], self._ring[: end - first - cut]))
+        sources = _slots(self._ring, first, end)
+        targets = torch.split(host, [len(source) for source in sources])
+        parts = list(zip(targets, sources, strict=True))
         if self._side is None:
             for target, source in parts:
                 target.copy_(source)

@@ -146,6 +146,7 @@ def test_what_was_exported_can_be_given_back(run: Any, evil: Path, tmp_path: Pat
         ((), "no chats; give user messages"),
         (("hi", "--alarm", "evil"), "got --alarm 'evil'; wanted trait=HIGH"),
         (("hi", "--alarm", "evil=high"), "got --alarm 'evil=high'"),
+        (("hi", "--alarm", "evil=4", "--alarm", "evil=9"), "got --alarm for evil twice"),
         (("hi", "--alarm", "envy=1"), "an alarm for envy"),
         (("hi", "--on-alarm", "shout"), "got --on-alarm 'shout'"),
         (("hi", "--out", "seen.csv"), "ends in .jsonl, .parquet, .html"),

@@ -63,6 +63,27 @@ def test_figures_over_checkpoints_are_those_of_the_library(
     assert "checkpoint-10" in drawn
 
 
+def test_a_model_saved_beside_its_checkpoints_has_a_row_of_its_own(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned = world_model()
+    with torch.no_grad():
+        tuned.hf.get_input_embeddings().weight.mul_(1.5)
+    tuned.hf.save_pretrained(files["run"])
+    page = tmp_path / "shift.html"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
+    status, out, _ = run("world", files["run"], *given)
+    assert status == 0
+    rows = json.loads(out)["shifts"]
+    names = [row.pop("checkpoint") for row in rows]
+    assert names == ["checkpoint-5", "checkpoint-10", str(files["run"])]
+    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    assert rows[-1] == pv.finetuning_shift(world_model(), tuned, bank, chats).named()
+    assert rows[-1] not in rows[:-1]
+    assert page.read_text().count("training step</text>") == 2
+
+
 def test_lines_end_at_line_breaks_alone(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
     asked = ["Is it 3?\u2028Say why.", "Is\x0b it\x85 4?"]
     text = "\r\n".join([asked[0], "", asked[1]])

@@ -6,6 +6,7 @@ import pytest
 
 from pvcore.correlation import MonitoredReply, correlations
 from pvcore.errors import StatisticsError
+from pvcore.intervals import fisher
 
 
 def replies(rows: list[tuple[float, float, int]]) -> list[MonitoredReply]:
@@ -197,3 +198,22 @@ def test_prompts_are_told_or_known_by_their_projection(interval) -> None:
     assert correlations(apart(rows), **settings) != correlations(rows, **settings)
     rounded = rollouts(2, 10, 5, np.random.default_rng(4), dust=1e-6)
     assert correlations(rounded, **settings).prompts == 20
+
+
+def test_intervals_hold_the_true_r_where_few_prompts_have_most_replies() -> None:
+    """At 80%, at least 80% less 3.5 standard errors; counted as prompts alike, far fewer."""
+    generator = np.random.default_rng(11)
+    trials, hits, alike = 120, 0, 0
+    for _ in range(trials):
+        rows = [
+            replace(row, prompt=f"{part}-{row.prompt}")
+            for part, (prompts, each) in enumerate(((20, 1), (3, 40)))
+            for row in rollouts(1, prompts, each, generator)
+        ]
+        found = correlations(rows, confidence=0.8)
+        low, high = found.overall_interval
+        hits += low <= 0.5 <= high
+        low, high = fisher(found.overall, found.prompts, 0.8)
+        alike += low <= 0.5 <= high
+    error = math.sqrt(0.8 * 0.2 / trials)
+    assert hits / trials > 0.8 - 3.5 * error > alike / trials

@@ -112,6 +112,14 @@ def test_attributes_are_plain_values_under_dotted_names() -> None:
     assert attributes(ALARM)["pvcore.alarm.site"] == "resid_post.19"
 
 
+def test_traits_that_would_be_one_attribute_are_refused() -> None:
+    one = transcript(cut=True)
+    alike = replace(one, traits=(one.traits[1].upper(), *one.traits[1:]))
+    assert len(set(alike.traits)) == len(alike.traits)
+    with pytest.raises(ExportError, match="are one name among attributes, 'dry_humor'"):
+        attributes(alike)
+
+
 def test_the_names_are_those_opentelemetry_takes() -> None:
     """Its SDK drops, with a warning, what it cannot hold."""
     span = TracerProvider().get_tracer("test").start_span("chat")

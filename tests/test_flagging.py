@@ -625,6 +625,54 @@ def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_
             pv.flag(hooked, rows, bank(), out=tmp_path / "named", replies=named, **settings)
 
 
+@pytest.mark.parametrize("difference", ["subset", "exact"])
+def test_a_reply_by_id_is_never_taken_for_another_row_of_that_id(
+    hooked: pv.HookedModel, tmp_path: Path, difference: str
+) -> None:
+    """Rows outside a subset and rows that cannot be scored have ids too."""
+    rows: list[dict[str, Any]] = [
+        {"id": str(at % 6), "messages": chats(12)[at]} for at in range(12)
+    ]
+    if difference == "exact":
+        rows = [{"id": "0", "messages": []}, *rows[6:]]
+    own = [{"id": str(at), "reply": f"own {at}"} for at in range(6)]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    settings: dict[str, Any] = {"difference": difference, "share": 0.3, "replies": replies}
+    with pytest.raises(FlagError, match=r"reply for the id '\d', which rows:\d+ and rows:\d+ both"):
+        pv.flag(hooked, rows, bank(), out=tmp_path / "out", **settings)
+    apart = [row | {"id": str(at)} for at, row in enumerate(rows[1:6])]
+    assert pv.flag(hooked, apart, bank(), out=tmp_path / "apart", **settings).scored >= 1
+
+
+class Reader:
+    """Goes on reading where it was left, as readers of files do, and is no iterator itself."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = iter(rows)
+
+    def __iter__(self) -> Any:
+        return (row for row in self._rows)
+
+
+def test_a_reader_that_goes_on_where_it_was_left_is_refused_after_a_stop(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"messages": chat} for chat in chats(30)]
+    reader = Reader(rows)
+    settings: dict[str, Any] = {"out": tmp_path / "out", "shard_rows": 4}
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pvcore.flagging.write_shard", stops)
+        with pytest.raises(KeyboardInterrupt):
+            pv.flag(hooked, {"d": reader}, bank(), **settings)
+    with pytest.raises(FlagError):
+        pv.flag(hooked, {"d": reader}, bank(), **settings)
+    assert pv.flag(hooked, {"d": Reader(rows)}, bank(), **settings).scored == 30
+
+
 def test_a_subset_has_the_exact_difference_and_an_interval(
     hooked: pv.HookedModel, tmp_path: Path
 ) -> None:

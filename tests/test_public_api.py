@@ -37,6 +37,7 @@ PUBLIC = {
     "Threshold",
     "Trait",
     "TraitScores",
+    "TraitSummary",
     "VectorBank",
     "calibrate",
     "evaluate",
