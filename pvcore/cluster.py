@@ -36,7 +36,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import RawRow, Source, Sources, resolve
+from pvcore.flag_sources import RawRow, Source, Sources, resolve, standing
 from pvcore.flag_tokens import Sample
 from pvcore.flagging import NOT_FINITE, Scan
 from pvcore.flags import Flags
@@ -237,6 +237,7 @@ def _run(
         refuse_too_few(there, actors=min(actors, count), cpus=cpus, gpus=gpus)
         # A driver without a GPU leaves the probe of the model to a machine that has one.
         probing = ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked) if gpus else None
+        before = standing(job.sources)
         asked = ray.get(probing.remote(job)) if probing is not None else _asked(job)
         manifest = flag_manifest.begin(job.folder, asked)
         mark = fingerprint(asked)
@@ -248,13 +249,20 @@ def _run(
         made = list(footers(job.folder))
         if [footer.shard for footer in made] != list(range(count)):
             raise FlagError(f"got {len(made)} of {count} shards; call again to make the others")
-        totals = {"shards": count}
-        for name in ("scored", "rejected", "tokens"):
-            totals[name] = sum(getattr(footer, name) for footer in made)
-        flag_manifest.write(job.folder, {**manifest, "status": "complete", "totals": totals})
+        flag_manifest.refuse_changed(job.folder, job.sources, before)
+        done = {"status": "complete", "totals": _totals(made)}
+        flag_manifest.write(job.folder, {**manifest, **done})
     finally:
         if started:
             ray.shutdown()
+
+
+def _totals(made: Sequence[Footer]) -> dict[str, int]:
+    sums = {
+        name: sum(getattr(footer, name) for footer in made)
+        for name in ("scored", "rejected", "tokens")
+    }
+    return {"shards": len(made), **sums}
 
 
 def refuse_too_few(

@@ -1,18 +1,20 @@
 """The manifest of a scan: what was asked, so that a resumed scan is the same scan or refused."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pvcore.errors import FlagError
+from pvcore.errors import FlagError, SourceError
 from pvcore.files import write_durably
 from pvcore.flag_shards import clear, footers
+from pvcore.flag_sources import Source, standing
 from pvcore.vector_files import pvcore_version
 
 FORMAT = 1
+CHANGED = "changed while it was scanned"
 NAME = "manifest.json"
 # Projections of one probe differ between machines by rounding, between models by much more.
 PROBE_TOLERANCE = 1e-2
@@ -95,6 +97,37 @@ def note_beginning(folder: Path, source: str, mark: str) -> None:
         )
     if source not in known:
         write(folder, {**held, "begun": {**known, source: mark}})
+
+
+def refuse_changed(
+    folder: Path, sources: Sequence[Source], before: Mapping[str, tuple[int, int, int] | None]
+) -> None:
+    """`FlagError` where a file does not hold any more what was hashed when the scan began.
+
+    Rows may then be of either, so that the scan is marked as one that nobody can ask for again.
+    """
+    held, now = read(folder) or {}, standing(sources)
+    asked = held.get("asked", {})
+    known = asked.get("sources", {})
+    changed = [
+        one.name
+        for one in sources
+        # One that is gone was read to its end as it was.
+        if now[one.name] not in (None, before[one.name]) and _content(one) != known.get(one.name)
+    ]
+    if changed:
+        write(folder, {**held, "asked": {**asked, CHANGED: changed}})
+        raise FlagError(
+            f"got {', '.join(changed)}, which changed while it was scanned, so that scores may be "
+            "of either content; wanted files that stay as they are. Give another out"
+        )
+
+
+def _content(source: Source) -> dict[str, str | int] | None:
+    try:
+        return source.fingerprint()
+    except SourceError:
+        return None
 
 
 def finish(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, Any]) -> None:

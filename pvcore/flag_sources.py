@@ -9,7 +9,7 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from os import PathLike
@@ -139,6 +139,18 @@ class Source:
             except OSError:  # it was read, and is gone
                 return None
         return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
+
+
+def standing(sources: Sequence[Source]) -> dict[str, tuple[int, int, int] | None]:
+    """By name, what a file cannot be written to without changing; None for what is no file now."""
+    found: dict[str, tuple[int, int, int] | None] = {}
+    for one in sources:
+        try:
+            about = None if one.path is None else one.path.stat()
+        except OSError:  # it is gone
+            about = None
+        found[one.name] = about and (about.st_ino, about.st_size, about.st_mtime_ns)
+    return found
 
 
 def decode(content: Any) -> Any:

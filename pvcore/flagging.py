@@ -45,7 +45,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import Source, Sources, resolve
+from pvcore.flag_sources import Source, Sources, resolve, standing
 from pvcore.flag_tokens import Reading, Rejected, Sample, Scored
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
@@ -115,6 +115,7 @@ def _flags(
     with flag_manifest.alone(folder):
         moment = moment_for(model.tokenizer, flag_manifest.asked_before(folder))
         reading = reading_of(model, settings.form, moment)
+        before = standing(sources)
         asked = asked_of(model, bank, sources, settings, given, moment)
         manifest = flag_manifest.begin(folder, asked)
         if not _is_done(folder, manifest, sources):
@@ -128,7 +129,9 @@ def _flags(
                 replies=given,
                 mark=fingerprint(asked),
             )
-            flag_manifest.finish(folder, manifest, scan.run(progress))
+            found = scan.run(progress)
+            flag_manifest.refuse_changed(folder, sources, before)
+            flag_manifest.finish(folder, manifest, found)
     return Flags(folder, sources=sources, model=model, bank=bank)
 
 

@@ -625,6 +625,36 @@ def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_
             pv.flag(hooked, rows, bank(), out=tmp_path / "named", replies=named, **settings)
 
 
+@pytest.mark.parametrize("how", ["more", "another", "touched"])
+def test_a_file_that_changes_while_it_is_scanned_is_no_complete_scan(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    rows = [{"messages": chat} for chat in chats(12)]
+    data, out = write_jsonl(tmp_path / "data.jsonl", rows), tmp_path / "out"
+    whole, plain = data.read_bytes(), Scorer.__call__
+
+    def changes(self: Scorer, samples: Any) -> Any:
+        if how == "more":
+            data.write_bytes(whole + whole)
+        elif how == "another":
+            data.write_bytes(whole.replace(b"no", b"on"))
+        else:
+            data.write_bytes(whole)
+        return plain(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__call__", changes)
+        if how == "touched":
+            assert pv.flag(hooked, data, bank(), out=out).scored == 12
+            return
+        with pytest.raises(FlagError, match=r"data\.jsonl, which changed while it was scanned"):
+            pv.flag(hooked, data, bank(), out=out)
+    data.write_bytes(whole)
+    with pytest.raises(FlagError, match="changed while it was scanned"):
+        pv.flag(hooked, data, bank(), out=out)
+    assert pv.flag(hooked, data, bank(), out=tmp_path / "other").scored == 12
+
+
 @pytest.mark.parametrize("difference", ["subset", "exact"])
 def test_a_reply_by_id_is_never_taken_for_another_row_of_that_id(
     hooked: pv.HookedModel, tmp_path: Path, difference: str
