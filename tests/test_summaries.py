@@ -268,7 +268,13 @@ def test_a_ring_is_folded_before_it_is_written_over(
     _, seen = both(
         found, lambda: found.model.generate_ids(PROMPTS, stopping_criteria=criteria, **settings)
     )
-    assert seen["evil"].count.tolist() == [1, min(6, tokens), tokens]
+    # The way of everything takes the ring's slots in the same order: only hooks can tell.
+    plain = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    scores = oracle_scores(
+        found.oracle.generate(*padded(PROMPTS, side="left"), **plain), BANK.vectors[0]
+    )
+    lengths = [1, min(6, tokens), tokens]
+    held_to(seen["evil"], scores, lengths, BOUND * float(scores.abs().max()))
 
 
 def test_steps_wait_and_are_folded_together(monkeypatch: pytest.MonkeyPatch) -> None:
