@@ -255,19 +255,26 @@ def test_a_forward_of_ones_own_shows_its_last_tokens(side: str) -> None:
             assert (getattr(seen["evil"], name)[layer].double() - wanted).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("slots", [2, 3, 8])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 13])
+# Half of five slots comes past the ring's end between steps 5 and 6, where a row of 6 tokens ends.
+@pytest.mark.parametrize("slots", [2, 5, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 13])
 def test_a_ring_is_folded_before_it_is_written_over(
     slots: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "RING_STEPS", slots)
     found = fresh("qwen2")
     settings: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "engine": GRAPH}
-    criteria = [Stops(1, min(4, tokens), tokens)]
+    criteria = [Stops(1, min(6, tokens), tokens)]
     _, seen = both(
         found, lambda: found.model.generate_ids(PROMPTS, stopping_criteria=criteria, **settings)
     )
-    assert seen["evil"].count.tolist() == [1, min(4, tokens), tokens]
+    # The way of everything takes the ring's slots in the same order: only hooks can tell.
+    plain = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    scores = oracle_scores(
+        found.oracle.generate(*padded(PROMPTS, side="left"), **plain), BANK.vectors[0]
+    )
+    lengths = [1, min(6, tokens), tokens]
+    held_to(seen["evil"], scores, lengths, BOUND * float(scores.abs().max()))
 
 
 def test_steps_wait_and_are_folded_together(monkeypatch: pytest.MonkeyPatch) -> None:
