@@ -82,21 +82,25 @@ def _noted(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
     return noted
 
 
-def note_beginning(folder: Path, source: str, mark: str) -> None:
-    """Note the first row of an iterator; `FlagError` where this scan began with another.
+def note_beginning(folder: Path, source: str, count: int, mark: str) -> None:
+    """Note the first rows of a data set; `FlagError` where this scan began with others.
 
-    What an interrupted call has taken out of it before the first shard was there is gone.
+    What an interrupted call has taken out of an iterator before the first shard was there is gone.
+    In a scan that is complete every row is in a shard, and compared with that.
     """
     held = read(folder) or {}
-    known = held.get("begun", {})
-    if known.get(source, mark) != mark:
+    if held.get("status") == "complete":
+        return
+    begun = held.get("begun", {})
+    known = begun.get(source, {})
+    if known.get(str(count), mark) != mark:
         raise FlagError(
-            f"got {source}, which begins with another row than when this scan began (an iterator "
+            f"got {source}, which begins with other rows than when this scan began (an iterator "
             "that was read before?); wanted the same data from its beginning. Give a fresh "
             "iterator, or another out"
         )
-    if source not in known:
-        write(folder, {**held, "begun": {**known, source: mark}})
+    if str(count) not in known:
+        write(folder, {**held, "begun": {**begun, source: {**known, str(count): mark}}})
 
 
 def refuse_changed(

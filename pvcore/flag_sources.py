@@ -91,7 +91,7 @@ class Source:
             ) from error
 
     def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
-        size = len(self.held) if hasattr(self.held, "__len__") else None
+        size = _length(self.held)
         rows = enumerate(iter(self.held))
         while True:
             try:
@@ -138,7 +138,8 @@ class Source:
                 return float(self.path.stat().st_size)
             except OSError:  # it was read, and is gone
                 return None
-        return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
+        size = _length(self.held)
+        return None if size is None else 1000.0 * size
 
 
 def standing(sources: Sequence[Source]) -> dict[str, tuple[int, int, int] | None]:
@@ -151,6 +152,14 @@ def standing(sources: Sequence[Source]) -> dict[str, tuple[int, int, int] | None
             about = None
         found[one.name] = about and (about.st_ino, about.st_size, about.st_mtime_ns)
     return found
+
+
+def _length(held: Any) -> int | None:
+    """How many rows there are to come; None where that is not known, as of a bar over a stream."""
+    try:
+        return len(held)
+    except TypeError:
+        return None
 
 
 def decode(content: Any) -> Any:

@@ -318,7 +318,7 @@ def test_an_iterator_that_an_interrupted_call_has_read_is_refused(
             pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
     assert not list(out.glob("scores/*"))
     for _ in range(2):
-        with pytest.raises(FlagError, match="got rows, which begins with another row"):
+        with pytest.raises(FlagError, match="got rows, which begins with other rows"):
             pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
     assert next(begun)["messages"] in ROWS[4:]  # there were rows left that would have been all
     flags = pv.flag(hooked, fresh(), bank(), out=out, shard_rows=4)
@@ -684,11 +684,33 @@ class Reader:
         return (row for row in self._rows)
 
 
+class Bar(Reader):
+    """A progress bar around such a reader, which was told how many rows are to come."""
+
+    def __len__(self) -> int:
+        return 30
+
+
+class Stream(Reader):
+    """A progress bar that was not told."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'generator' has no len()")
+
+
+@pytest.mark.parametrize("alike", [1, 8])
+@pytest.mark.parametrize("kind", [Reader, Bar, Stream])
 def test_a_reader_that_goes_on_where_it_was_left_is_refused_after_a_stop(
-    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Reader],
+    alike: int,
 ) -> None:
-    rows = [{"messages": chat} for chat in chats(30)]
-    reader = Reader(rows)
+    """Also where rows begin alike: the first `alike` of them are one row."""
+    first, *others = ({"messages": chat} for chat in chats(31 - alike))
+    rows = [first] * alike + others
+    reader = kind(rows)
     settings: dict[str, Any] = {"out": tmp_path / "out", "shard_rows": 4}
 
     def stops(*_: object) -> None:
@@ -698,9 +720,17 @@ def test_a_reader_that_goes_on_where_it_was_left_is_refused_after_a_stop(
         patch.setattr("pvcore.flagging.write_shard", stops)
         with pytest.raises(KeyboardInterrupt):
             pv.flag(hooked, {"d": reader}, bank(), **settings)
-    with pytest.raises(FlagError):
-        pv.flag(hooked, {"d": reader}, bank(), **settings)
-    assert pv.flag(hooked, {"d": Reader(rows)}, bank(), **settings).scored == 30
+    left = list(reader)
+    assert 0 < len(left) < 30, "there are rows that would have been taken for all"
+    left = left if alike == 1 else rows[6:]
+    assert (left[0] == rows[0]) == (alike > 1)
+    with pytest.raises(FlagError, match="got d, which begins with other rows"):
+        pv.flag(hooked, {"d": kind([*left])}, bank(), **settings)
+    assert pv.flag(hooked, {"d": kind(rows)}, bank(), **settings).scored == 30
+    # What a finished scan refuses keeps nobody from the right data.
+    with pytest.raises(FlagError, match="got other rows between row 0 of d"):
+        pv.flag(hooked, {"d": kind(rows[::-1])}, bank(), **settings)
+    assert pv.flag(hooked, {"d": kind(rows)}, bank(), **settings).scored == 30
 
 
 def test_a_subset_has_the_exact_difference_and_an_interval(
