@@ -24,6 +24,7 @@ from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
+Standing = tuple[int, int, int] | None
 
 SUFFIXES: Mapping[str, Kind] = {
     ".jsonl": "json lines",
@@ -87,7 +88,8 @@ class Source:
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise SourceError(
                 f"{self.name}: cannot be read after row {row} ({_brief(error)}); wanted a whole "
-                f"{self.kind} file. Mend it, or leave it out"
+                f"{self.kind} file. Mend it and scan into another out, as it is another file "
+                "then, or leave it out"
             ) from error
 
     def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
@@ -142,15 +144,15 @@ class Source:
         return None if size is None else 1000.0 * size
 
 
-def standing(sources: Sequence[Source]) -> dict[str, tuple[int, int, int] | None]:
-    """By name, what a file cannot be written to without changing; None for what is no file now."""
-    found: dict[str, tuple[int, int, int] | None] = {}
+def standing(sources: Sequence[Source]) -> list[Standing]:
+    """Of each, what a file cannot be written to without changing; None for what is no file now."""
+    found: list[Standing] = []
     for one in sources:
         try:
             about = None if one.path is None else one.path.stat()
         except OSError:  # it is gone
             about = None
-        found[one.name] = about and (about.st_ino, about.st_size, about.st_mtime_ns)
+        found.append(about and (about.st_ino, about.st_size, about.st_mtime_ns))
     return found
 
 
