@@ -83,7 +83,7 @@ class Feed:
             witness = None
             if source.path is None:
                 witness = self.witnesses[source.name] = Witness(source, form)
-            for raw in source.rows(form.known):
+            for raw in source.rows(form.known, form.beside):
                 if witness is not None:
                     witness.see(raw)
                     # What goes on where it was left shows it by its rows alone: a reader of files

@@ -61,10 +61,13 @@ class Source:
     path: Path | None = None
     held: Any = field(default=None, repr=False)
 
-    def rows(self, known: frozenset[str]) -> Iterator[RawRow]:
-        """Every row in order; of columns only the known ones are loaded."""
+    def rows(self, known: frozenset[str], beside: frozenset[str] = BESIDE) -> Iterator[RawRow]:
+        """Every row in order; of columns only the known ones are loaded.
+
+        Of those `beside` a conversation a data set's rows keep only whether they are there.
+        """
         if self.path is None:
-            yield from self._held_rows(known)
+            yield from self._held_rows(known, beside)
             return
         reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
@@ -92,13 +95,13 @@ class Source:
                 "then, or leave it out"
             ) from error
 
-    def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
+    def _held_rows(self, known: frozenset[str], beside: frozenset[str]) -> Iterator[RawRow]:
         size = _length(self.held)
         rows = enumerate(iter(self.held))
         while True:
             try:
                 row, record = next(rows)
-                record = _own(_narrowed(record, known))
+                record = _own(_narrowed(record, known, beside))
             except StopIteration:
                 return
             except Exception as error:
@@ -178,14 +181,14 @@ def decode(content: Any) -> Any:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
 
 
-def _narrowed(record: Any, known: frozenset[str]) -> Any:
+def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any:
     """A record without what is never looked at, such as images; its names stay. All, if none known.
 
     What may not stand beside a conversation is only ever asked whether it is there.
     """
     if not known or not isinstance(record, dict):
         return record
-    told = {name: is_filled(record[name]) or None for name in BESIDE if name in record}
+    told = {name: is_filled(record[name]) or None for name in beside if name in record}
     return {name: told.get(name, one) if name in known else None for name, one in record.items()}
 
 
