@@ -36,7 +36,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import RawRow, Source, Sources, resolve, standing
+from pvcore.flag_sources import RawRow, Source, Sources, resolve
 from pvcore.flag_tokens import Sample
 from pvcore.flagging import NOT_FINITE, Scan
 from pvcore.flags import Flags
@@ -83,6 +83,7 @@ class Job:
 
     def scan(self, model: HookedModel) -> Scan:
         moment = self.moment(model)
+        watch = flag_manifest.Watch(self.folder, self.sources)
         return Scan(
             folder=self.folder,
             model=model,
@@ -92,6 +93,7 @@ class Job:
             settings=self.settings,
             replies=None,
             mark=fingerprint(self.asked(model, moment)),
+            watch=watch,
         )
 
 
@@ -226,6 +228,7 @@ def _run(
 ) -> None:
     import ray
 
+    watch = flag_manifest.Watch(job.folder, job.sources)
     count = count_shards(job)
     started = not ray.is_initialized()
     if started:
@@ -237,32 +240,34 @@ def _run(
         refuse_too_few(there, actors=min(actors, count), cpus=cpus, gpus=gpus)
         # A driver without a GPU leaves the probe of the model to a machine that has one.
         probing = ray.remote(num_cpus=cpus, num_gpus=gpus)(_asked) if gpus else None
-        before = standing(job.sources)
         asked = ray.get(probing.remote(job)) if probing is not None else _asked(job)
+        watch.refuse_stirred()  # since the rows were counted
         manifest = flag_manifest.begin(job.folder, asked)
         mark = fingerprint(asked)
         # A finished job handed to Ray may wait for ever: it gets only what is left to do.
         left = [shard for shard in range(count) if not _is_held(job.folder, shard, mark)]
-        if left:
-            made_now = _map(job, left, min(actors, len(left)), cpus, gpus)
-            follow(made_now, job.folder, left, shown=progress)
-        made = list(footers(job.folder))
-        if [footer.shard for footer in made] != list(range(count)):
-            raise FlagError(f"got {len(made)} of {count} shards; call again to make the others")
-        flag_manifest.refuse_changed(job.folder, job.sources, before)
-        done = {"status": "complete", "totals": _totals(made)}
+        try:
+            if left:
+                made_now = _map(job, left, min(actors, len(left)), cpus, gpus)
+                follow(made_now, job.folder, left, shown=progress)
+        finally:
+            watch.refuse_changed()  # also in place of what Ray makes of an actor's error
+        done = {"status": "complete", "totals": _totals(job.folder, mark, count)}
         flag_manifest.write(job.folder, {**manifest, **done})
     finally:
         if started:
             ray.shutdown()
 
 
-def _totals(made: Sequence[Footer]) -> dict[str, int]:
-    sums = {
-        name: sum(getattr(footer, name) for footer in made)
-        for name in ("scored", "rejected", "tokens")
-    }
-    return {"shards": len(made), **sums}
+def _totals(folder: Path, mark: str, count: int) -> dict[str, int]:
+    """Of all shards; `FlagError` where some of this very scan are not there."""
+    made = [one for one in footers(folder) if one.fingerprint == mark]
+    if [footer.shard for footer in made] != list(range(count)):
+        raise FlagError(f"got {len(made)} of {count} shards; call again to make the others")
+    totals = {"shards": count}
+    for name in ("scored", "rejected", "tokens"):
+        totals[name] = sum(getattr(footer, name) for footer in made)
+    return totals
 
 
 def refuse_too_few(

@@ -49,15 +49,14 @@ class Portion:
 class Feed:
     """Where the rows come from and how they are read. `held` knows the shards already made.
 
-    `begins` is told the name of each iterator that can be read but once, and a mark of its first
-    row.
+    `begins` is told the name of each data set, and a mark of its first 1, 2, 4, ... rows.
     """
 
     sources: Sequence[Source]
     reading: Reading
     shard_rows: int
     held: Callable[[int], Footer | None]
-    begins: Callable[[str, str], None] = lambda name, mark: None
+    begins: Callable[[str, int, str], None] = lambda name, count, mark: None
     witnesses: dict[str, Witness] = field(default_factory=dict)
 
     def portions(self) -> Iterator[Portion]:
@@ -84,12 +83,14 @@ class Feed:
             witness = None
             if source.path is None:
                 witness = self.witnesses[source.name] = Witness(source, form)
-            for raw in source.rows(form.known):
+            for raw in source.rows(form.known, form.beside):
                 if witness is not None:
                     witness.see(raw)
-                    # What has a length can be read again; any other may go on where it was left.
-                    if raw.row == 0 and not hasattr(source.held, "__len__"):
-                        self.begins(source.name, str(witness.tally["sha256"]))
+                    # What goes on where it was left shows it by its rows alone: a reader of files
+                    # is no iterator itself, and a progress bar around one has a length.
+                    count = raw.row + 1
+                    if count & raw.row == 0:
+                        self.begins(source.name, count, str(witness.tally["sha256"]))
                 yield source, raw
 
     def _read(self, shard: int, rows: Iterator[Row], total: float) -> Iterator[Portion]:

@@ -10,7 +10,7 @@ from typing import Any
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import write_durably
 from pvcore.flag_shards import clear, footers
-from pvcore.flag_sources import Source, standing
+from pvcore.flag_sources import Source, Standing, standing
 from pvcore.vector_files import pvcore_version
 
 FORMAT = 1
@@ -82,45 +82,77 @@ def _noted(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
     return noted
 
 
-def note_beginning(folder: Path, source: str, mark: str) -> None:
-    """Note the first row of an iterator; `FlagError` where this scan began with another.
+def note_beginning(folder: Path, source: str, count: int, mark: str) -> None:
+    """Note the first rows of a data set; `FlagError` where this scan began with others.
 
-    What an interrupted call has taken out of it before the first shard was there is gone.
+    What an interrupted call has taken out of an iterator before the first shard was there is gone.
+    In a scan that is complete every row is in a shard, and compared with that.
     """
     held = read(folder) or {}
-    known = held.get("begun", {})
-    if known.get(source, mark) != mark:
+    if held.get("status") == "complete":
+        return
+    begun = held.get("begun", {})
+    known = begun.get(source, {})
+    if known.get(str(count), mark) != mark:
         raise FlagError(
-            f"got {source}, which begins with another row than when this scan began (an iterator "
+            f"got {source}, which begins with other rows than when this scan began (an iterator "
             "that was read before?); wanted the same data from its beginning. Give a fresh "
             "iterator, or another out"
         )
-    if source not in known:
-        write(folder, {**held, "begun": {**known, source: mark}})
+    if str(count) not in known:
+        write(folder, {**held, "begun": {**begun, source: {**known, str(count): mark}}})
 
 
-def refuse_changed(
-    folder: Path, sources: Sequence[Source], before: Mapping[str, tuple[int, int, int] | None]
-) -> None:
-    """`FlagError` where a file does not hold any more what was hashed when the scan began.
+class Watch:
+    """Sees whether the files of a scan, that of the replies too, stay as they are hashed.
 
-    Rows may then be of either, so that the scan is marked as one that nobody can ask for again.
+    Made before they are hashed.
     """
-    held, now = read(folder) or {}, standing(sources)
-    asked = held.get("asked", {})
-    known = asked.get("sources", {})
-    changed = [
-        one.name
-        for one in sources
-        # One that is gone was read to its end as it was.
-        if now[one.name] not in (None, before[one.name]) and _content(one) != known.get(one.name)
-    ]
-    if changed:
-        write(folder, {**held, "asked": {**asked, CHANGED: changed}})
-        raise FlagError(
-            f"got {', '.join(changed)}, which changed while it was scanned, so that scores may be "
-            "of either content; wanted files that stay as they are. Give another out"
-        )
+
+    def __init__(
+        self, folder: Path, sources: Sequence[Source], replies: Source | None = None
+    ) -> None:
+        self._folder, self._sources, self._replies = folder, sources, replies
+        self._before = self._standing()
+
+    def _standing(self) -> list[Standing]:
+        return [*standing(self._sources), *standing([self._replies] if self._replies else [])]
+
+    def refuse_stirred(self) -> None:
+        """`FlagError` where a file was but touched, for who has no hash yet of what was read."""
+        if self._standing() != self._before:
+            raise FlagError(
+                "got files that were written to while the scan began; wanted files that stay as "
+                "they are. Call again when they do"
+            )
+
+    def refuse_changed(self) -> None:
+        """`FlagError` where a file does not hold any more what was hashed when the scan began.
+
+        Rows may then be of either, so that nobody can ask for this scan again.
+        """
+        now = self._standing()
+        if now == self._before:
+            return
+        held = read(self._folder) or {}
+        asked = held.get("asked", {})
+        known = asked.get("sources", {})
+        files = [(one, known.get(one.name)) for one in self._sources]
+        if self._replies is not None:
+            files.append((self._replies, asked.get("difference", {}).get("replies")))
+        changed = [
+            one.name
+            for (one, hashed), before, then in zip(files, self._before, now, strict=True)
+            # One that is gone was read to its end as it was.
+            if then not in (None, before) and _content(one) != hashed
+        ]
+        if changed:
+            write(self._folder, {**held, "asked": {**asked, CHANGED: changed}})
+            raise FlagError(
+                f"got {', '.join(changed)}, which changed while it was scanned, so that scores may "
+                "be of either content; wanted files that stay as they are. Give another out"
+            )
+        self._before = now
 
 
 def _content(source: Source) -> dict[str, str | int] | None:

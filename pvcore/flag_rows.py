@@ -29,7 +29,7 @@ PAIRS = (
     ("user", "assistant"),
 )
 SYSTEMS = ("system", "system_prompt")
-CONTEXTS = ("input", "context")
+CONTEXTS = frozenset(("input", "context"))
 IDS = ("id", "conversation_id", "conversation_hash", "prompt_id", "uuid")
 ROLES = {
     "system": "system",
@@ -48,7 +48,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 UNREAD = frozenset(
     ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", *MEDIA)
 )
-BESIDE = frozenset(("tools", "functions", *MEDIA))
+BESIDE = frozenset(("tools", "functions", "documents", "history", *MEDIA))
 # What a reader of columns needs to load: nothing else of a row is ever looked at.
 PAIRED = frozenset(name for pair in PAIRS for name in pair)
 KNOWN = PAIRED | {*LISTS, *SYSTEMS, *CONTEXTS, *IDS, *BESIDE}
@@ -79,6 +79,7 @@ class Form:
     answer: str = ""
     turn: Turn | str = "last"
     known: frozenset[str] = field(init=False, default=KNOWN, repr=False, compare=False)
+    beside: frozenset[str] = field(init=False, default=BESIDE, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if bool(self.prompt) != bool(self.answer):
@@ -88,14 +89,16 @@ class Form:
             )
         if self.turn not in ("last", "first"):
             raise FlagError(f"got turn {self.turn!r}; wanted 'last' or 'first'")
-        object.__setattr__(self, "known", KNOWN | {self.prompt, self.answer} - {""})
+        own = {self.prompt, self.answer} - {""}
+        object.__setattr__(self, "known", KNOWN | own)
+        object.__setattr__(self, "beside", BESIDE - own)
 
 
 def conversation(record: object, form: Form) -> list[Message]:
     """The messages of a row, its last one the assistant's. Raises `RowDefect`."""
     if not isinstance(record, dict | Mapping):
         raise RowDefect("", f"got {_shown(record)}; wanted an object with named fields")
-    if beside := _beside(record, BESIDE - {form.prompt, form.answer}):
+    if beside := _beside(record, form.beside):
         raise RowDefect(
             beside, "got more than text; wanted a conversation of text alone, without this field"
         )
@@ -155,7 +158,9 @@ def row_id(record: object) -> str | None:
                 try:
                     value = str(value)  # as NumPy's
                 except ValueError:  # Python writes no more than some thousand digits
-                    raise RowDefect(name, "got an integer too long to be written") from None
+                    raise RowDefect(
+                        name, f"got {_shown(value)}; wanted at most {LONGEST_ID} characters"
+                    ) from None
             if isinstance(value, str) and value and is_unicode(value):
                 if len(value) > LONGEST_ID:
                     raise RowDefect(
@@ -191,6 +196,7 @@ def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
             listed = _from_list(record[name], name, first=form.turn == "first")
             return _with_system(record, listed)
     if pair := _pair(record):
+        _refuse_context(record, *pair)
         return _from_pair(record, *pair)
     names = ", ".join(sorted(map(str, record)))[:200] or "none"
     raise RowDefect(
@@ -205,6 +211,20 @@ def _pair(record: Mapping[object, object]) -> tuple[str, str] | None:
     there = [(a, b) for a, b in PAIRS if a in record and b in record]
     filled = [pair for pair in there if all(record[name] is not None for name in pair)]
     return next(iter([*filled, *there]), None)
+
+
+def _refuse_context(record: Mapping[object, object], prompt: str, answer: str) -> None:
+    """Raises `RowDefect` for what a prompt is about where the pair has no place for it.
+
+    Who names the columns has chosen, and Alpaca's instructions have one.
+    """
+    beside = _beside(record, CONTEXTS - {prompt, answer})
+    if beside and prompt != "instruction":
+        raise RowDefect(
+            beside,
+            f"got text beside `{prompt}` and `{answer}`; wanted it in `{prompt}`, or the columns "
+            "named (prompt=, answer=) where it is no part of the chat",
+        )
 
 
 def _from_list(value: object, name: str, *, first: bool = False) -> list[Message]:
@@ -291,7 +311,15 @@ def _answered(messages: list[Message], told: list[Message], answer: str) -> list
 
 
 def _with_system(record: Mapping[object, object], listed: list[Message]) -> list[Message]:
-    return listed if listed[0]["role"] == "system" else [*_system(record), *listed]
+    beside = _system(record)
+    if listed[0]["role"] != "system":
+        return [*beside, *listed]
+    if beside and beside[0]["content"].strip() != listed[0]["content"].strip():
+        raise RowDefect(
+            next(name for name in SYSTEMS if record.get(name)),
+            "got another text than the system message has; wanted one of them",
+        )
+    return listed
 
 
 def _system(record: Mapping[object, object]) -> list[Message]:
@@ -303,7 +331,7 @@ def _system(record: Mapping[object, object]) -> list[Message]:
 
 def _context(record: Mapping[object, object]) -> list[str]:
     """What an instruction is about, where the row says so."""
-    return [_text(record[name], name) for name in CONTEXTS if record.get(name)]
+    return [_text(record[name], name) for name in ("input", "context") if record.get(name)]
 
 
 def _text(value: object, where: str) -> str:
@@ -338,5 +366,8 @@ def _shown(value: object) -> str:
     """A value as a reason may quote it: short, and of characters every file can hold."""
     if value is None:
         return "nothing"
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # Python writes no more than some thousand digits
+        return "an integer too long to be written"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import nn
 
 from pvcore.errors import FlagError
 from pvcore.fingerprints import of_generation, of_marks, of_tokenizing, of_weights
@@ -26,6 +27,8 @@ DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 # More tokens than this gain a CPU nothing, and cost it its cache; a GPU wants to be filled.
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 _PROBE_TOKENS, _PROBE_PROMPT = 24, 8
+# The same in training: a model whose embeddings were resized has new ones, in training mode.
+STEADY = (nn.Embedding, nn.Linear)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,7 @@ def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> No
         raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
     model.check(Plan(monitor=bank), check_model=check_model)
     armed_on(model)
-    if any(module.training for module in model.hf.modules()):
+    if any(one.training and type(one) not in STEADY for one in model.hf.modules()):
         raise FlagError(
             "got a model in training mode, in whole or in part, whose dropout makes scores random; "
             "call model.hf.eval()"

@@ -125,10 +125,14 @@ def footers(folder: Path) -> Iterator[Footer]:
 
 
 def names(folder: Path) -> Iterator[tuple[str, str, int]]:
-    """Id, source and row of every row in a whole shard."""
+    """Id, source and row of every row in a whole shard, of the rejected ones too."""
     for footer in footers(folder):
-        table = _read(scores_path(folder, footer.shard), ["id", "source", "row"])
-        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
+        paths = [scores_path(folder, footer.shard)]
+        if footer.rejected:
+            paths.append(rejected_path(folder, footer.shard))
+        for path in paths:
+            table = _read(path, ["id", "source", "row"])
+            yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
 def tables(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
+Standing = tuple[int, int, int] | None
 
 SUFFIXES: Mapping[str, Kind] = {
     ".jsonl": "json lines",
@@ -60,10 +61,13 @@ class Source:
     path: Path | None = None
     held: Any = field(default=None, repr=False)
 
-    def rows(self, known: frozenset[str]) -> Iterator[RawRow]:
-        """Every row in order; of columns only the known ones are loaded."""
+    def rows(self, known: frozenset[str], beside: frozenset[str] = BESIDE) -> Iterator[RawRow]:
+        """Every row in order; of columns only the known ones are loaded.
+
+        Of those `beside` a conversation a data set's rows keep only whether they are there.
+        """
         if self.path is None:
-            yield from self._held_rows(known)
+            yield from self._held_rows(known, beside)
             return
         reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
@@ -87,16 +91,17 @@ class Source:
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise SourceError(
                 f"{self.name}: cannot be read after row {row} ({_brief(error)}); wanted a whole "
-                f"{self.kind} file. Mend it, or leave it out"
+                f"{self.kind} file. Mend it and scan into another out, as it is another file "
+                "then, or leave it out"
             ) from error
 
-    def _held_rows(self, known: frozenset[str]) -> Iterator[RawRow]:
-        size = len(self.held) if hasattr(self.held, "__len__") else None
+    def _held_rows(self, known: frozenset[str], beside: frozenset[str]) -> Iterator[RawRow]:
+        size = _length(self.held)
         rows = enumerate(iter(self.held))
         while True:
             try:
                 row, record = next(rows)
-                record = _own(_narrowed(record, known))
+                record = _own(_narrowed(record, known, beside))
             except StopIteration:
                 return
             except Exception as error:
@@ -138,19 +143,28 @@ class Source:
                 return float(self.path.stat().st_size)
             except OSError:  # it was read, and is gone
                 return None
-        return 1000.0 * len(self.held) if hasattr(self.held, "__len__") else None
+        size = _length(self.held)
+        return None if size is None else 1000.0 * size
 
 
-def standing(sources: Sequence[Source]) -> dict[str, tuple[int, int, int] | None]:
-    """By name, what a file cannot be written to without changing; None for what is no file now."""
-    found: dict[str, tuple[int, int, int] | None] = {}
+def standing(sources: Sequence[Source]) -> list[Standing]:
+    """Of each, what a file cannot be written to without changing; None for what is no file now."""
+    found: list[Standing] = []
     for one in sources:
         try:
             about = None if one.path is None else one.path.stat()
         except OSError:  # it is gone
             about = None
-        found[one.name] = about and (about.st_ino, about.st_size, about.st_mtime_ns)
+        found.append(about and (about.st_ino, about.st_size, about.st_mtime_ns))
     return found
+
+
+def _length(held: Any) -> int | None:
+    """How many rows there are to come; None where that is not known, as of a bar over a stream."""
+    try:
+        return len(held)
+    except TypeError:
+        return None
 
 
 def decode(content: Any) -> Any:
@@ -167,14 +181,14 @@ def decode(content: Any) -> Any:
         raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
 
 
-def _narrowed(record: Any, known: frozenset[str]) -> Any:
+def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any:
     """A record without what is never looked at, such as images; its names stay. All, if none known.
 
     What may not stand beside a conversation is only ever asked whether it is there.
     """
     if not known or not isinstance(record, dict):
         return record
-    told = {name: is_filled(record[name]) or None for name in BESIDE if name in record}
+    told = {name: is_filled(record[name]) or None for name in beside if name in record}
     return {name: told.get(name, one) if name in known else None for name, one in record.items()}
 
 

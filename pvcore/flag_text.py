@@ -37,7 +37,7 @@ def conversations_of(
 def _texts(source: Source, form: Form, rows: set[int], origin: Origin) -> dict[Key, list[Message]]:
     found: dict[Key, list[Message]] = {}
     witness, last = origin.witness(source), max(rows)
-    for raw in source.rows(form.known):
+    for raw in source.rows(form.known, form.beside):
         if witness is not None:
             witness.see(raw)
         if raw.row in rows:

@@ -45,7 +45,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import Source, Sources, resolve, standing
+from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_tokens import Reading, Rejected, Sample, Scored
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
@@ -115,7 +115,7 @@ def _flags(
     with flag_manifest.alone(folder):
         moment = moment_for(model.tokenizer, flag_manifest.asked_before(folder))
         reading = reading_of(model, settings.form, moment)
-        before = standing(sources)
+        watch = flag_manifest.Watch(folder, sources, given)
         asked = asked_of(model, bank, sources, settings, given, moment)
         manifest = flag_manifest.begin(folder, asked)
         if not _is_done(folder, manifest, sources):
@@ -128,10 +128,9 @@ def _flags(
                 settings=settings,
                 replies=given,
                 mark=fingerprint(asked),
+                watch=watch,
             )
-            found = scan.run(progress)
-            flag_manifest.refuse_changed(folder, sources, before)
-            flag_manifest.finish(folder, manifest, found)
+            flag_manifest.finish(folder, manifest, scan.run(progress))
     return Flags(folder, sources=sources, model=model, bank=bank)
 
 
@@ -157,6 +156,7 @@ class Scan:
     settings: Settings
     replies: Source | None
     mark: str
+    watch: flag_manifest.Watch
 
     def run(self, progress: bool) -> dict[str, Any]:
         """Score and write every shard that is not there yet; what the manifest says of all."""
@@ -177,6 +177,7 @@ class Scan:
                 meter.add(footer, fresh=fresh)
                 shards += 1
                 show(meter)
+        self.watch.refuse_changed()
         self._refuse_more_than(shards)
         if not meter.rows + meter.rejected:
             raise FlagError("got sources without a row; wanted conversations to score")
@@ -199,7 +200,7 @@ class Scan:
         if self.replies is not None:
             on_file = RepliesOnFile(self.replies)
             stack.callback(on_file.close)
-            on_file.seen(names(self.folder))
+            on_file.meet(names(self.folder))
             return on_file
         return GeneratedReplies(
             self.model,
@@ -222,6 +223,8 @@ class Scan:
                 continue
             parts.append(self._part(portion, scorer, own))
             if portion.ends:
+                # A kill may come before the end: what is on the disk must hold without it.
+                self.watch.refuse_changed()
                 yield self._joined(portion, parts)
                 parts = []
 

@@ -111,6 +111,10 @@ def _pairs() -> Iterator[Row]:
             where = f"{answer}[0]" if name == "numbers" else answer
             yield f"{name} for {answer}", _line({prompt: "Is it?", answer: value}), where
         yield f"a surrogate in {answer}", _line({prompt: "Is it?", answer: LONE}), answer
+        for name in ("input", "context"):
+            if prompt != "instruction":  # which is about it
+                row = {prompt: "Is it?", answer: "Yes.", name: "A text."}
+                yield f"{name} beside {prompt} and {answer}", _line(row), name
 
 
 def _lines() -> Iterator[Row]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore import cluster
+from pvcore import cluster, flag_manifest
 from pvcore.cluster import (
     Job,
     RowScorer,
@@ -94,6 +94,55 @@ def test_shards_made_in_any_order_by_pickled_workers_are_those_of_one_process(
     assert list(flags.rejected()) == list(wanted.rejected())
     with pytest.raises(FlagError, match="got shard 9"):
         workers[0]({"shard": [9]})
+
+
+def test_a_worker_makes_no_shard_of_a_file_that_has_changed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = job(data, tmp_path / "out")
+    prepare(work.folder)
+    made = model()
+    flag_manifest.begin(work.folder, work.asked(made, work.moment(made)))
+    worker = ShardScanner(work)
+    worker({"shard": np.array([0])})
+    changed = data / "b.jsonl"
+    whole = changed.read_bytes()
+    changed.write_bytes(whole)  # touched alone
+    worker({"shard": np.array([1])})
+    changed.write_bytes(whole.replace(b"Say", b"Yas"))
+    with pytest.raises(FlagError, match=r"b\.jsonl, which changed while it was scanned"):
+        worker({"shard": np.array([5])})
+    assert [footer.shard for footer in footers(work.folder)] == [0, 1]
+    changed.write_bytes(whole)
+    with pytest.raises(FlagError, match="changed while it was scanned"):
+        flag_manifest.begin(work.folder, work.asked(made, work.moment(made)))
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, of its own settings
+@pytest.mark.parametrize("when", ["counted", "hashed"])
+def test_files_that_change_under_ray_are_one_error(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Between counting and hashing, when rows behind the last would be lost; and after both."""
+    more, out = data / "b.jsonl", tmp_path / "out"
+    whole = more.read_bytes()
+    name = "count_shards" if when == "counted" else "_map"
+    plain = getattr(cluster, name)
+
+    def grows(*given: Any) -> Any:
+        found = plain(*given)
+        more.write_bytes(whole + whole)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, name, grows)
+        with pytest.raises(FlagError, match=r"written to while|changed while it was scanned"):
+            flag_on_ray(model, str(data / "*.jsonl"), bank(), out=out, actors=1, shard_rows=20)
+    more.write_bytes(whole)
+    if when == "counted":
+        flags = flag_on_ray(model, str(data / "*.jsonl"), bank(), out=out, actors=1, shard_rows=20)
+        assert flags.scored == 60
 
 
 def test_rows_are_scored_inside_a_map(data: Path, tmp_path: Path) -> None:

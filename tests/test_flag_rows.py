@@ -21,7 +21,7 @@ PLAIN = Form()
     [
         ({"messages": [ASK, TELL]}, [ASK, TELL]),
         ({"conversation": [ASK, TELL, ASK, TELL]}, [ASK, TELL, ASK, TELL]),
-        ({"messages": [SYSTEM, ASK, TELL], "system": "other"}, [SYSTEM, ASK, TELL]),
+        ({"messages": [SYSTEM, ASK, TELL], "system": " S"}, [SYSTEM, ASK, TELL]),
         ({"messages": [ASK, TELL], "system": "S"}, [SYSTEM, ASK, TELL]),
         (
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
@@ -39,7 +39,13 @@ PLAIN = Form()
             {"instruction": "Q", "input": "of it", "output": "A"},
             [{"role": "user", "content": "Q\n\nof it"}, TELL],
         ),
+        (
+            {"instruction": "Q", "context": "of it", "response": "A"},
+            [{"role": "user", "content": "Q\n\nof it"}, TELL],
+        ),
         ({"input": "Q", "output": "A"}, [ASK, TELL]),
+        ({"question": "Q", "context": " ", "answer": "A", "input": None}, [ASK, TELL]),
+        ({"messages": [ASK, TELL], "context": "a note"}, [ASK, TELL]),
         ({"prompt": [SYSTEM, ASK], "completion": [TELL]}, [SYSTEM, ASK, TELL]),
         ({"prompt": "other", "messages": [ASK, TELL]}, [ASK, TELL]),
         (
@@ -72,6 +78,49 @@ PLAIN = Form()
 )
 def test_a_form_is_recognised(record: Any, wanted: Any) -> None:
     assert conversation(record, PLAIN) == wanted
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"question": "Q", "context": "C", "answer": "A"}, "context"),
+        ({"prompt": "Q", "input": "C", "response": "A"}, "input"),
+        ({"input": "Q", "context": "C", "output": "A"}, "context"),
+        ({"prompt": [ASK], "context": ["C"], "completion": [TELL]}, "context"),
+        ({"instruction": "Q", "input": "", "output": "A", "history": [["Q", "A"]]}, "history"),
+        ({"messages": [ASK, TELL], "documents": [{"text": "C"}]}, "documents"),
+        ({"messages": [SYSTEM, ASK, TELL], "system": "other"}, "system"),
+        (
+            {"messages": [{**SYSTEM, "content": ""}, ASK, TELL], "system_prompt": "S"},
+            "system_prompt",
+        ),
+        ({"prompt": [SYSTEM, ASK], "completion": [TELL], "system": "other"}, "system"),
+    ],
+)
+def test_what_a_chat_would_lose_is_rejected_by_its_name(record: Any, field: str) -> None:
+    with pytest.raises(RowDefect, match=r"got .*; wanted ") as caught:
+        conversation(record, PLAIN)
+    assert caught.value.field == field
+    assert field in PLAIN.known
+
+
+def test_columns_that_were_named_are_the_whole_chat() -> None:
+    record = {"question": "Q", "context": "C", "answer": "A"}
+    assert conversation(record, Form(prompt="question", answer="answer")) == [ASK, TELL]
+
+
+def test_an_integer_too_long_to_be_written_is_a_defect() -> None:
+    endless = 10**5000
+    for record, field in (
+        ({"messages": endless}, "messages"),
+        ({"messages": [ASK, {"role": endless, "content": "A"}]}, "messages[1].role"),
+        ({"prompt": {"a": [endless]}, "response": "A"}, "prompt"),
+    ):
+        with pytest.raises(RowDefect, match="got an integer too long to be written; want") as found:
+            conversation(record, PLAIN)
+        assert found.value.field == field
+    with pytest.raises(RowDefect, match=r"^id: got an integer too long to be written; wanted"):
+        row_id({"id": endless, "messages": [ASK, TELL]})
 
 
 def test_columns_of_ones_own_go_before_known_ones() -> None:

@@ -20,6 +20,7 @@ from pvcore import flag_sources, flag_tables
 from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
 from pvcore.flag_sources import decode, resolve
+from pvcore.flag_tokens import said_by
 from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl, write_parquet
 
 PAIRS = [as_pair(chat) for chat in chats(30)]
@@ -148,6 +149,28 @@ def test_only_the_start_of_a_file_says_what_it_is(
     first, last = next(iter(resolve(path))).rows(KNOWN)
     assert "over 99 bytes" in str(first.content)
     assert (first.row, last.row, decode(last.content)) == (0, 1, {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["functions", "image", "history"])
+def test_a_column_of_ones_own_is_read_from_files_and_data_sets_alike(
+    tmp_path: Path, name: str
+) -> None:
+    rows = [{name: f"Ask {at}", "reply": "Say"} for at in range(3)]
+    rows.append({name: "Ask", "reply": "Say", "tools": "a saw"})
+    form = Form(prompt=name, answer="reply")
+    found = []
+    for given in (write_jsonl(tmp_path / "d.jsonl", rows), rows):
+        (source,) = resolve({"d": given})
+        said = [said_by("d", raw, form) for raw in source.rows(form.known, form.beside)]
+        found.append([(one.messages, one.field) for one in said])
+    assert found[0] == found[1]
+    assert [chat and chat[0]["content"] for chat, _ in found[0]] == [
+        "Ask 0",
+        "Ask 1",
+        "Ask 2",
+        None,
+    ]
+    assert found[0][3][1] == "tools"
 
 
 def test_rows_of_a_data_set_are_held_without_what_nobody_reads() -> None:

@@ -6,7 +6,10 @@ import gc
 import json
 import os
 import random
+import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 from importlib.metadata import version
@@ -318,7 +321,7 @@ def test_an_iterator_that_an_interrupted_call_has_read_is_refused(
             pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
     assert not list(out.glob("scores/*"))
     for _ in range(2):
-        with pytest.raises(FlagError, match="got rows, which begins with another row"):
+        with pytest.raises(FlagError, match="got rows, which begins with other rows"):
             pv.flag(hooked, begun, bank(), out=out, shard_rows=4)
     assert next(begun)["messages"] in ROWS[4:]  # there were rows left that would have been all
     flags = pv.flag(hooked, fresh(), bank(), out=out, shard_rows=4)
@@ -607,6 +610,35 @@ def test_replies_that_cannot_be_kept_are_one_error_and_leave_nothing(
     refused(FlagError, "beside.*disk is full.*make room", {"id": "a", "reply": "b" * 50_000})
 
 
+KILLED = """
+import os, signal, sys
+from pvcore.flag_replies import RepliesOnFile
+from pvcore.flag_sources import resolve
+held = RepliesOnFile(resolve(sys.argv[1])[0])
+files = [f"/proc/self/fd/{one}" for one in os.listdir("/proc/self/fd")]
+print([os.readlink(file) for file in files if os.path.islink(file)], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for open files")
+def test_a_killed_scan_leaves_no_index_of_replies(tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    own = [{"id": at, "reply": "word " * 2000} for at in range(1000)]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(replies)],
+        env={**os.environ, "TMPDIR": str(beside), "SQLITE_TMPDIR": str(beside)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert str(beside) in done.stdout, "the index was in memory alone"
+    assert not list(beside.iterdir())
+
+
 def test_replies_with_a_place_answer_rows_of_one_id(hooked: pv.HookedModel, tmp_path: Path) -> None:
     rows = [{"id": "same", "messages": chat} for chat in ROWS[:6]]
     own = [{"id": "same", "source": "rows", "row": at, "reply": f"own {at}"} for at in range(6)]
@@ -655,6 +687,40 @@ def test_a_file_that_changes_while_it_is_scanned_is_no_complete_scan(
     assert pv.flag(hooked, data, bank(), out=tmp_path / "other").scored == 12
 
 
+@pytest.mark.parametrize("kind", ["data", "replies"])
+def test_no_shard_is_made_of_a_file_that_has_changed(
+    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whether or not the scan gets to its end, and though the file is put back before that."""
+    rows = [{"id": at, "messages": chat} for at, chat in enumerate(chats(12))]
+    own = [{"id": at, "reply": f"own {at}"} for at in range(12)]
+    files = {
+        "data": write_jsonl(tmp_path / "data.jsonl", rows),
+        "replies": write_jsonl(tmp_path / "replies.jsonl", own),
+    }
+    settings: dict[str, Any] = {"difference": "exact", "replies": files["replies"], "shard_rows": 4}
+    whole, plain, out = files[kind].read_bytes(), Scorer.__call__, tmp_path / "out"
+    seen: list[int] = []
+
+    def changes(self: Scorer, samples: Any) -> Any:
+        seen.extend(one.row for one in samples)
+        if 4 in seen:
+            files[kind].write_bytes(whole + whole)
+        return plain(self, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__call__", changes)
+        with pytest.raises(FlagError, match=rf"{kind}\.jsonl, which changed while it was scanned"):
+            pv.flag(hooked, files["data"], bank(), out=out, **settings)
+    assert 8 not in seen
+    assert [path.name for path in (out / "scores").iterdir()] == ["part-000000.parquet"]
+    files[kind].write_bytes(whole)
+    with pytest.raises(FlagError, match="changed while it was scanned"):
+        pv.flag(hooked, files["data"], bank(), out=out, **settings)
+    again = pv.flag(hooked, files["data"], bank(), out=tmp_path / "again", **settings)
+    assert again.scored == 12
+
+
 @pytest.mark.parametrize("difference", ["subset", "exact"])
 def test_a_reply_by_id_is_never_taken_for_another_row_of_that_id(
     hooked: pv.HookedModel, tmp_path: Path, difference: str
@@ -674,6 +740,33 @@ def test_a_reply_by_id_is_never_taken_for_another_row_of_that_id(
     assert pv.flag(hooked, apart, bank(), out=tmp_path / "apart", **settings).scored >= 1
 
 
+def test_a_resumed_scan_takes_and_refuses_replies_as_one_in_a_piece_does(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    """Rows that were done before the stop: some answered by their place, one rejected."""
+    rows: list[dict[str, Any]] = [{"id": "same", "messages": chat} for chat in chats(4)]
+    own: list[dict[str, Any]] = [
+        {"source": "rows", "row": at, "reply": f"own {at}"} for at in range(4)
+    ]
+    replies = write_jsonl(tmp_path / "placed.jsonl", [*own, {"id": "same", "reply": "of none"}])
+    settings: dict[str, Any] = {"difference": "exact", "shard_rows": 2}
+
+    def again(out: Path, given: Any) -> pv.Flags:
+        return pv.flag(hooked, given, bank(), out=out, replies=replies, **settings)
+
+    whole = scores(again(tmp_path / "placed", rows))
+    (tmp_path / "placed/scores/part-000001.parquet").unlink()
+    assert scores(again(tmp_path / "placed", rows)) == whole
+    replies = write_jsonl(tmp_path / "named.jsonl", [{"id": "0", "reply": "whose?"}])
+    given = [{"id": "0", "messages": []}, {"messages": chats(1)[0]}, {**rows[0], "id": "0"}]
+    for _ in range(2):  # the first shard is on the disk by the second
+        with pytest.raises(FlagError, match="reply for the id '0', which rows:0 and rows:2 both"):
+            again(tmp_path / "named", given)
+        assert [path.name for path in (tmp_path / "named/rejected").iterdir()] == [
+            "part-000000.parquet"
+        ]
+
+
 class Reader:
     """Goes on reading where it was left, as readers of files do, and is no iterator itself."""
 
@@ -684,11 +777,33 @@ class Reader:
         return (row for row in self._rows)
 
 
+class Bar(Reader):
+    """A progress bar around such a reader, which was told how many rows are to come."""
+
+    def __len__(self) -> int:
+        return 30
+
+
+class Stream(Reader):
+    """A progress bar that was not told."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'generator' has no len()")
+
+
+@pytest.mark.parametrize("alike", [1, 8])
+@pytest.mark.parametrize("kind", [Reader, Bar, Stream])
 def test_a_reader_that_goes_on_where_it_was_left_is_refused_after_a_stop(
-    hooked: pv.HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Reader],
+    alike: int,
 ) -> None:
-    rows = [{"messages": chat} for chat in chats(30)]
-    reader = Reader(rows)
+    """Also where rows begin alike: the first `alike` of them are one row."""
+    first, *others = ({"messages": chat} for chat in chats(31 - alike))
+    rows = [first] * alike + others
+    reader = kind(rows)
     settings: dict[str, Any] = {"out": tmp_path / "out", "shard_rows": 4}
 
     def stops(*_: object) -> None:
@@ -698,9 +813,17 @@ def test_a_reader_that_goes_on_where_it_was_left_is_refused_after_a_stop(
         patch.setattr("pvcore.flagging.write_shard", stops)
         with pytest.raises(KeyboardInterrupt):
             pv.flag(hooked, {"d": reader}, bank(), **settings)
-    with pytest.raises(FlagError):
-        pv.flag(hooked, {"d": reader}, bank(), **settings)
-    assert pv.flag(hooked, {"d": Reader(rows)}, bank(), **settings).scored == 30
+    left = list(reader)
+    assert 0 < len(left) < 30, "there are rows that would have been taken for all"
+    left = left if alike == 1 else rows[6:]
+    assert (left[0] == rows[0]) == (alike > 1)
+    with pytest.raises(FlagError, match="got d, which begins with other rows"):
+        pv.flag(hooked, {"d": kind([*left])}, bank(), **settings)
+    assert pv.flag(hooked, {"d": kind(rows)}, bank(), **settings).scored == 30
+    # What a finished scan refuses keeps nobody from the right data.
+    with pytest.raises(FlagError, match="got other rows between row 0 of d"):
+        pv.flag(hooked, {"d": kind(rows[::-1])}, bank(), **settings)
+    assert pv.flag(hooked, {"d": kind(rows)}, bank(), **settings).scored == 30
 
 
 def test_a_subset_has_the_exact_difference_and_an_interval(
@@ -780,12 +903,15 @@ def test_what_cannot_be_scanned_is_refused_before_anything_is_written(
     hooked: pv.HookedModel, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    training = model()
+    training, partly = model(), model()
     training.hf.train()
+    partly.hf.model.layers[1].self_attn.train()
+    assert not partly.hf.training
     silent = pv.HookedModel(hooked.hf, None, model_id="tiny/qwen2")
     base = pv.HookedModel(hooked.hf, tokenizer(template=None), model_id="tiny/qwen2")
     for error, said, call in (
         (FlagError, "training mode", lambda: pv.flag(training, data, bank(), out=out)),
+        (FlagError, "training mode", lambda: pv.flag(partly, data, bank(), out=out)),
         (FlagError, "without a tokenizer", lambda: pv.flag(silent, data, bank(), out=out)),
         (FlagError, "without a chat template", lambda: pv.flag(base, data, bank(), out=out)),
         (VectorError, "no direction", lambda: pv.VectorBank(bank()["evil"], layers=[7])),
