@@ -202,8 +202,7 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
         raise FlagError(
             f"got a clean scan without {column}; wanted one with the same vectors and sites"
         )
-    trait, _, score = column.rsplit("/", 2)
-    ours, theirs = (_measure(one.manifest["asked"], trait, score) for one in (flags, clean))
+    ours, theirs = (_measure(one.manifest["asked"], column) for one in (flags, clean))
     if differing := [what for what in ours if ours[what] != theirs.get(what)]:
         what = differing[0]
         raise FlagError(
@@ -212,16 +211,19 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
         )
 
 
-def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]:
-    """What a score means: which vector, which model, and which difference.
+def _measure(asked: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """What a score means: which vector at its site, which model, and which difference.
 
     Not the day that a template prints: nobody could flag clean data once and for all.
     """
-    model = asked["model"]
+    trait, site, score = column.rsplit("/", 2)
+    model, bank = asked["model"], asked["bank"]
     found = {
-        "vector": asked["bank"]["vectors"].get(trait),
+        # Scans of earlier versions know one hash for all their sites.
+        "vector": bank.get("by_site", {}).get(trait, {}).get(site, bank["vectors"].get(trait)),
         "dtype": model["dtype"],
         "model": model.get("weights"),
+        "marks": model.get("marks"),
         "tokenizer": asked["tokenizer"],
         "plan": asked.get("plan", "none"),
         "turn": asked["form"]["turn"],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_tokenizing, of_weights
+from pvcore.fingerprints import of_marks, of_tokenizing, of_weights
 from pvcore.flag_estimates import Running
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
@@ -295,7 +295,9 @@ def _check_scored_by(
             "got a model with another tokenizer than the one that made the tokens of this scan; "
             "wanted the same. Give it, or flag anew"
         )
-    if of_weights(model.hf) != asked["model"]["weights"]:
+    marks = of_marks(model.hf, model.tokenizer)
+    known = asked["model"].get("marks", marks)  # scans of earlier versions have none
+    if of_weights(model.hf) != asked["model"]["weights"] or marks != known:
         named = asked["model"]["id"] or "a model without a name"
         raise FlagError(
             f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
