@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from pvcore.errors import PvcoreError
+from pvcore.errors import FlagError, PvcoreError
 from pvcore.flag_dates import pinned
+from pvcore.flag_plans import armed_on
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
 from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
@@ -38,7 +39,7 @@ def page(
 ) -> Page:
     """The whole report at one site; tokens are coloured where model and bank are given."""
     asked, totals = flags.manifest["asked"], flags.manifest["totals"]
-    kind = asked["difference"]["kind"]
+    kind, plan = asked["difference"]["kind"], asked.get("plan")
     sections = [
         Section(
             title="Data sets",
@@ -53,7 +54,7 @@ def page(
             blocks=list(_histograms(flags, site)),
         ),
         *_correlated(flags, site),
-        *_highest(flags, site, top, model, bank),
+        *_highest(flags, site, top, _Colours(flags, model, bank)),
         _unscored(flags),
     ]
     return Page(
@@ -62,7 +63,8 @@ def page(
         f"on {len(flags.traits)} persona vectors; {number(totals['rejected'])} could not be.",
         sections=sections,
         footer=f"Model {asked['model']['id'] or 'without a name'}, {asked['model']['dtype']}; "
-        f"{number(totals['tokens'])} tokens; difference {kind}.",
+        f"{number(totals['tokens'])} tokens; difference {kind}"
+        + (f"; under the armed plan {plan}." if plan else "."),
     )
 
 
@@ -148,10 +150,39 @@ def _correlated(flags: Scanned, site: Site) -> Iterator[Section]:
         )
 
 
-def _highest(
-    flags: Scanned, site: Site, top: int, model: "HookedModel | None", bank: VectorBank | None
-) -> Iterator[Section]:
+class _Colours:
+    """Strips of tokens by the model that scored, which is the one with the same plan armed."""
+
+    def __init__(
+        self, flags: Scanned, model: "HookedModel | None", bank: VectorBank | None
+    ) -> None:
+        self._asked, self._model, self._bank = flags.manifest["asked"], model, bank
+        self.refusal = "" if model is None or bank is None else self._refusal(model)
+
+    def _refusal(self, model: "HookedModel") -> str:
+        try:
+            armed, scored = armed_on(model), self._asked.get("plan")
+        except FlagError as error:
+            return f"Tokens are not coloured: {error}"
+        if armed == scored:
+            return ""
+        was = "without a plan" if scored is None else f"under the armed plan {scored}"
+        here = "none is armed" if armed is None else f"{armed} is armed"
+        return (
+            f"Tokens are not coloured: the rows were scored {was}, and {here} where this page was "
+            "written, so that the model would give other projections. Write it as the scan was made"
+        )
+
+    def strips(self, site: Site, chats: Sequence[list[dict[str, str]]]) -> "list[Strip] | None":
+        if self._model is None or self._bank is None or self.refusal or not chats:
+            return None
+        tokenizer = pinned(self._model.tokenizer, self._asked.get("moment"))
+        return [tokens_of(self._model, tokenizer, self._bank, site, chat) for chat in chats]
+
+
+def _highest(flags: Scanned, site: Site, top: int, colours: _Colours) -> Iterator[Section]:
     blocks: list[Block] = []
+    coloured = False
     for trait in flags.traits if top else ():
         rows = flags.top(trait, top, site=site)
         if not rows:
@@ -161,18 +192,20 @@ def _highest(
         except PvcoreError as error:
             blocks.append(Note(text=f"The text is not shown: {error}", tone="warning"))
             chats = []
-        if chats and model is not None and bank is not None:
-            tokenizer = pinned(model.tokenizer, flags.manifest["asked"].get("moment"))
-            strips = [tokens_of(model, tokenizer, bank, site, chat) for chat in chats]
-            blocks += _strips(trait, rows, chats, strips)
-        else:
+        strips = colours.strips(site, chats)
+        if strips is None:
             blocks.append(_plain(trait, rows, chats))
+        else:
+            blocks += _strips(trait, rows, chats, strips)
+            coloured = True
     if blocks:
+        warned = [Note(text=colours.refusal, tone="warning")] if colours.refusal else []
+        how = " Tokens are coloured by their own projection, from the mean of the tokens shown "
         yield Section(
             title="Highest rows",
-            text=f"The {top} rows with the highest difference on each trait. Tokens are coloured "
-            "by their own projection, from the mean of the tokens shown for that trait.",
-            blocks=blocks,
+            text=f"The {top} rows with the highest difference on each trait."
+            + (f"{how}for that trait." if coloured else ""),
+            blocks=[*warned, *blocks],
         )
 
 

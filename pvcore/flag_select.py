@@ -172,7 +172,9 @@ def threshold_of(
 ) -> float:
     """The threshold given, or a percentile of clean data or of the vector's calibration.
 
-    Clean data must be scored as the `flags` are, where these are there already.
+    Clean data must be scored as the `flags` are, where these are there already. A calibration says
+    nothing of what model it was made on: one for scans under a plan is refused, and that it is of
+    the weights that were scanned is the caller's to see to.
     """
     if threshold is not None:
         if not isinstance(threshold, Real) or not np.isfinite(threshold):
@@ -184,6 +186,12 @@ def threshold_of(
         if flags is not None:
             check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)
+    if flags is not None and flags.manifest["asked"].get("plan") is not None:
+        raise FlagError(
+            "got a scan under an armed plan, and no threshold but the vector's calibration, which "
+            "is of the model without it; wanted clean data scored under the same plan. Give "
+            "clean=pv.flag(model, clean_data, bank, out=...) made with it armed, or threshold="
+        )
     _, site, score = column.rsplit("/", 2)
     held = {} if vector is None else vector.calibration.get(site, {})
     found = held.get(score, {}).get("percentiles", {}).get(f"{percentile:g}")

@@ -228,8 +228,10 @@ class Flags(Scanned):
 
         `clean` is the scan of data without the trait; one that was scored otherwise, or has fewer
         than 20 rows, is refused. Without it and without a threshold the percentile is that of the
-        vector's own calibration; a threshold makes both idle. `score` is the difference unless told
-        otherwise; of a calibration, which knows no difference, the `response_mean`.
+        vector's own calibration, which holds for the plain model that it was made on: scans under a
+        plan refuse it, and other weights are not noticed. A threshold makes both idle. `score` is
+        the difference unless told otherwise; of a calibration, which knows no difference, the
+        `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
         id that several rows have, or none, is refused.
         """
