@@ -85,8 +85,9 @@ def _datasets(flags: Scanned, site: Site) -> Table:
     return Table(
         columns=["source", "rows", "rejected", *flags.traits],
         rows=rows,
-        caption="± is half a 95 % confidence interval, where only a subset was measured; of "
-        "one row it is not known.",
+        caption="± is half a 95 % confidence interval, where only a subset has own replies: the "
+        "mean over the replies of all rows, minus that of the own replies there are; of one row "
+        "it is not known.",
     )
 
 

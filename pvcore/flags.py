@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
 from pvcore.fingerprints import of_marks, of_tokenizing, of_weights
-from pvcore.flag_estimates import Running
+from pvcore.flag_estimates import Estimate, Running, of_subset
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
 from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
@@ -327,16 +327,19 @@ def _flagged(row: dict[str, Any], column: str) -> FlaggedRow:
 def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
     names: list[str] = list(flags.manifest["asked"]["order"])
     columns = flags.columns
-    running = {name: Running(len(columns)) for name in names}
+    sampled = flags.manifest["asked"]["difference"]["kind"] == "subset"
+    width = len(columns) + (len(columns) // len(SCORE_KINDS) if sampled else 0)
+    running = {name: Running(width) for name in names}
     tokens = {name: np.zeros(2, dtype=np.int64) for name in names}
     counts = ["n_prompt_tokens", "n_response_tokens"]
     for (sources, values), table in zip(
         flags.values(columns), flags.tables(["source", *counts]), strict=True
     ):
+        with_own = np.hstack([values, _own(values)]) if sampled else values
         lengths = np.array([table[name].to_numpy() for name in counts], dtype=np.int64)
         for name in dict.fromkeys(sources.tolist()):
             mine = sources == name
-            running[name].add(values[mine])
+            running[name].add(with_own[mine])
             tokens[name] += lengths[:, mine].sum(axis=1)
     rejected = dict.fromkeys(names, 0)
     for table in rejected_tables(flags.folder):
@@ -349,7 +352,24 @@ def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
             rejected=rejected[name],
             prompt_tokens=int(tokens[name][0]),
             response_tokens=int(tokens[name][1]),
-            estimates=dict(zip(columns, running[name].estimates(), strict=True)),
+            estimates=_estimates(columns, running[name].estimates()),
         )
         for name in names
     }
+
+
+def _own(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Projections of own replies, one column for each three of the scores; NaN where none is."""
+    size = len(SCORE_KINDS)
+    mean, difference = map(SCORE_KINDS.index, ("response_mean", "difference"))
+    return values[:, mean::size] - values[:, difference::size]
+
+
+def _estimates(columns: Sequence[str], found: Sequence[Estimate]) -> dict[str, Estimate]:
+    """By column; differences by the own replies that stand behind the columns, where some do."""
+    by_column = dict(zip(columns, found, strict=False))
+    differences = [name for name in columns if name.endswith("/difference")]
+    for name, own in zip(differences, found[len(columns) :], strict=False):
+        response = by_column[f"{name.removesuffix('difference')}response_mean"]
+        by_column[name] = of_subset(response, own, by_column[name])
+    return by_column

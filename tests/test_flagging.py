@@ -719,7 +719,16 @@ def test_a_subset_has_the_exact_difference_and_an_interval(
         assert value == pytest.approx(table(exact)[key][name], abs=1e-5)
     estimate, truth = some.datasets["rows"][name], exact.datasets["rows"][name]
     assert (estimate.n, estimate.of) == (len(known), 60)
-    assert estimate.mean == pytest.approx(sum(known.values()) / len(known), abs=1e-6)
+    response = {key: row["evil/resid_post.2/response_mean"] for key, row in table(some).items()}
+    own = np.array([response[key] - value for key, value in known.items()])
+    mean = np.mean(list(response.values())) - own.mean()
+    assert estimate.mean == pytest.approx(mean, abs=1e-6)
+    assert abs(mean - np.mean(list(known.values()))) > 1e-4
+    assert estimate.deviation == pytest.approx(np.std(list(known.values()), ddof=1), rel=1e-5)
+    error = own.std(ddof=1) * ((1 - len(own) / 60) / len(own)) ** 0.5
+    reach = (estimate.high - estimate.low) / 2
+    assert 1.96 < reach / error < 2.2  # Student's t at 12 to 36 rows
+    assert estimate.high - estimate.mean == pytest.approx(reach, rel=1e-6)
     assert estimate.low < truth.mean < estimate.high
     assert truth.low == truth.mean == truth.high
     flagged = some.top("evil", 99)
