@@ -277,14 +277,20 @@ def _cut(text: str) -> str:
 
 
 def _unscored(flags: Scanned) -> Section:
-    rows = reasons_of(flags.rejected())
-    blocks: list[Block] = [Table(columns=["reason", "field", "rows", "first"], rows=rows)]
+    columns, rows = ["reason", "field", "rows", "first"], reasons_of(flags.rejected())
     none = Note(text="Every row was scored.")
+    blocks: list[Block] = [Table(columns=columns, rows=rows) if rows else none]
+    if lacking := reasons_of(flags.unanswered()):
+        caption = (
+            "Scored rows that the subset drew and that have no own reply: their difference is not "
+            "known, all else is. They are in the folder `unanswered`."
+        )
+        blocks.append(Table(columns=columns, rows=lacking, caption=caption))
     return Section(
         title="Rows without a score",
         text="Each is in the folder `rejected` with its source, row and field; `#` stands for "
         "numbers that differ.",
-        blocks=blocks if rows else [none],
+        blocks=blocks,
     )
 
 

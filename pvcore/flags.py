@@ -1,6 +1,7 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
@@ -25,6 +26,7 @@ from pvcore.flag_shards import (
     score_columns,
     scores_path,
     tables,
+    unanswered_tables,
 )
 from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_text import conversations_of
@@ -159,6 +161,11 @@ class Flags(Scanned):
     def rejected(self) -> Iterator[dict[str, Any]]:
         """The rows that could not be scored: id, source, row, field and reason."""
         for table in rejected_tables(self.folder):
+            yield from table.to_pylist()
+
+    def unanswered(self) -> Iterator[dict[str, Any]]:
+        """The scored rows that a subset drew and that lack an own reply; told as `rejected`."""
+        for table in unanswered_tables(self.folder):
             yield from table.to_pylist()
 
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, NDArray[np.float64]]]:
@@ -341,10 +348,9 @@ def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
             mine = sources == name
             running[name].add(with_own[mine])
             tokens[name] += lengths[:, mine].sum(axis=1)
-    rejected = dict.fromkeys(names, 0)
-    for table in rejected_tables(flags.folder):
-        for name in table["source"].to_pylist():
-            rejected[name] += 1
+    rejected, unanswered = (
+        Counter(row["source"] for row in rows) for rows in (flags.rejected(), flags.unanswered())
+    )
     return {
         name: DatasetFlags(
             name=name,
@@ -352,6 +358,7 @@ def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
             rejected=rejected[name],
             prompt_tokens=int(tokens[name][0]),
             response_tokens=int(tokens[name][1]),
+            unanswered=unanswered[name],
             estimates=_estimates(columns, running[name].estimates()),
         )
         for name in names

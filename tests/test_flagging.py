@@ -882,7 +882,7 @@ def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"difference": "exact"}, {"difference": "subset", "share": 1}]
 )
-def test_an_own_reply_with_infinite_projections_rejects_its_row(
+def test_an_own_reply_with_infinite_projections_is_not_compared(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     hooked = model()
@@ -896,13 +896,64 @@ def test_an_own_reply_with_infinite_projections_rejects_its_row(
     ]
     replies = write_jsonl(tmp_path / "replies.jsonl", own)
     flags = pv.flag(hooked, path, bank(), out=tmp_path / "out", replies=replies, **settings)
-    lost = {row["row"]: (row["field"], row["reason"]) for row in flags.rejected()}
-    assert lost.keys() == {1, 3}
+    rejected, unanswered = (
+        {row["row"]: (row["field"], row["reason"]) for row in rows}
+        for rows in (flags.rejected(), flags.unanswered())
+    )
+    in_full = settings["difference"] == "exact"
+    assert rejected.keys() == ({1, 3} if in_full else {3})
+    assert unanswered.keys() == (set() if in_full else {1})
+    lost = rejected | unanswered
     assert lost[1][0] == "difference"
     assert "own reply cannot be scored: got an infinite or NaN projection" in lost[1][1]
     assert lost[3][0] == "resid_post.0"  # the row's own reply comes first
-    assert {at for _, at in table(flags)} == {0, 2}
-    assert all(np.isfinite(row).all() for row in scores(flags).values())
+    assert {at for _, at in table(flags)} == {0, 2} | unanswered.keys()
+    for (_, at), row in table(flags).items():
+        for name, value in row.items():
+            if "/" in name:
+                lacks = at == 1 and name.endswith("/difference")
+                assert value is None if lacks else np.isfinite(value)
+
+
+def test_rows_of_a_subset_without_an_own_reply_keep_their_other_scores(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"bad": 1}, *[{"messages": c} for c in chats(40)]])
+    name = path.as_posix()
+    settings: dict[str, Any] = {"difference": "subset", "share": 0.4, "shard_rows": 9}
+    drawn = {at for at in range(1, 41) if in_subset(name, at, 0.4, 0)}
+    answered = set(sorted(drawn)[::2])
+    own = [{"source": name, "row": at, "reply": f"own {at}"} for at in sorted(answered)]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    settings |= {"replies": replies, "out": tmp_path / "out"}
+    flags = pv.flag(hooked, path, bank(), **settings)
+    plain = pv.flag(hooked, path, bank(), out=tmp_path / "plain")
+    assert len(drawn - answered) >= 5
+    for key, row in table(flags).items():
+        for column in ("evil/resid_post.2/response_mean", "humor/resid_post.0/last_prompt_token"):
+            assert row[column] == pytest.approx(table(plain)[key][column], abs=1e-5)
+        assert (row["evil/resid_post.2/difference"] is None) == (key[1] not in answered)
+    told = {row["row"]: row["reason"] for row in flags.unanswered()}
+    assert told.keys() == drawn - answered
+    assert set(told.values()) == {"the model's own reply cannot be scored: the reply is not there"}
+    (one,) = flags.datasets.values()
+    assert (one.scored, one.rejected, one.unanswered) == (40, 1, len(drawn - answered))
+    estimate = one["evil/resid_post.2/difference"]
+    assert (estimate.n, estimate.of) == (len(answered), 40)
+    flags.report(tmp_path / "page.html")
+    assert "Scored rows that the subset drew" in (tmp_path / "page.html").read_text()
+    copies = flags.filter("evil", threshold=1e9, score="response_mean").write_clean(tmp_path / "c")
+    assert [(copy.kept, copy.flagged, copy.rejected) for copy in copies.values()] == [(40, 0, 1)]
+    # A shard whose unanswered rows are gone is made anew, and is the same.
+    wanted, parts = scores(flags), sorted((tmp_path / "out/unanswered").glob("*.parquet"))
+    content = parts[0].read_bytes()
+    parts[0].write_bytes(content[:-9])
+    with pytest.raises(FlagError, match="missing, cut short or of another scan"):
+        pv.Flags.load(tmp_path / "out")
+    again = pv.flag(hooked, path, bank(), **settings)
+    assert scores(again) == wanted
+    assert parts[0].read_bytes() == content
+    assert {row["row"] for row in again.unanswered()} == drawn - answered
 
 
 def test_the_manifest_is_the_same_twice_and_holds_no_date(
