@@ -11,6 +11,7 @@ from pvcore.errors import FlagError, PvcoreError
 from pvcore.flag_dates import pinned
 from pvcore.flag_plans import armed_on
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
+from pvcore.flag_scan import without_autocast
 from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
 from pvcore.plots import cosine_matrix
@@ -50,7 +51,8 @@ def page(
         ),
         Section(
             title="Distributions",
-            text="How the rows of each source are spread, one figure a trait.",
+            text="How the rows of each source are spread, one figure a trait, over "
+            f"{_measured(flags, site)}.",
             blocks=list(_histograms(flags, site)),
         ),
         *_correlated(flags, site),
@@ -70,9 +72,10 @@ def page(
 
 def _datasets(flags: Scanned, site: Site) -> Table:
     columns = [flags.column(trait, site=site) for trait in flags.traits]
+    sampled = flags.manifest["asked"]["difference"]["kind"] == "subset"
     rows: list[list[Any]] = []
     for name, one in flags.datasets.items():
-        cells: list[Any] = []
+        cells: list[Any] = [one[columns[0]].n] if sampled else []
         for column in columns:
             found = one[column]
             reach = (found.high - found.low) / 2
@@ -83,11 +86,25 @@ def _datasets(flags: Scanned, site: Site) -> Table:
                 cells.append(f"{number(found.mean)} ± {told}")
         rows.append([name, one.scored, one.rejected, *cells])
     return Table(
-        columns=["source", "rows", "rejected", *flags.traits],
+        columns=["source", "rows", "rejected", *["own replies"][:sampled], *flags.traits],
         rows=rows,
         caption="± is half a 95 % confidence interval, where only a subset has own replies: the "
         "mean over the replies of all rows, minus that of the own replies there are; of one row "
         "it is not known.",
+    )
+
+
+def _measured(flags: Scanned, site: Site) -> str:
+    """The rows that have a difference, in words: of a subset with the count of them."""
+    column = flags.column(flags.traits[0], site=site)
+    found = [one[column] for one in flags.datasets.values()]
+    n, of = sum(one.n for one in found), sum(one.of for one in found)
+    asked = flags.manifest["asked"]["difference"]
+    if asked["kind"] != "subset":
+        return "all rows"
+    return (
+        f"the {number(n)} rows of {number(of)} whose difference is known, drawn at a share of "
+        f"{asked['share']:g}"
     )
 
 
@@ -145,8 +162,9 @@ def _correlated(flags: Scanned, site: Site) -> Iterator[Section]:
         svg = cosine_matrix(flags.traits, correlation_of(flags, columns))
         yield Section(
             title="Traits together",
-            text="Pearson's r between the projection differences of two traits, over all rows. "
-            "High ones mean that a row flagged for one trait is likely flagged for the other.",
+            text="Pearson's r between the projection differences of two traits, over "
+            f"{_measured(flags, site)}. High ones mean that a row flagged for one trait is likely "
+            "flagged for the other.",
             blocks=[Figure(svg=svg, caption=f"Correlation of differences at `{site}`.")],
         )
 
@@ -202,9 +220,10 @@ def _highest(flags: Scanned, site: Site, top: int, colours: _Colours) -> Iterato
     if blocks:
         warned = [Note(text=colours.refusal, tone="warning")] if colours.refusal else []
         how = " Tokens are coloured by their own projection, from the mean of the tokens shown "
+        among = _measured(flags, site)
         yield Section(
             title="Highest rows",
-            text=f"The {top} rows with the highest difference on each trait."
+            text=f"The {top} rows with the highest difference on each trait, of {among}."
             + (f"{how}for that trait." if coloured else ""),
             blocks=[*warned, *blocks],
         )
@@ -227,7 +246,8 @@ def tokens_of(
 
     encoded = encode(tokenizer, chat)
     start, end = encoded.reply or (0, 0)
-    ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
+    with without_autocast():
+        ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
     units = bank.units[bank.sites.index(site)].double()
     scores = acts[site][0].double() @ units.mT
     texts = list(token_texts(tokenizer, encoded.ids[start:end], marks=True))[:LONGEST_REPLY]

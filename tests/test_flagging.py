@@ -967,3 +967,24 @@ def test_the_manifest_is_the_same_twice_and_holds_no_date(
     held = json.loads(texts[0])
     assert held["totals"]["scored"] == 39
     assert held["status"] == "complete"
+
+
+@pytest.mark.parametrize("difference", ["approximate", "exact"])
+def test_autocast_around_a_scan_changes_no_score_and_no_reply(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, difference: str
+) -> None:
+    settings: dict[str, Any] = {"difference": difference, "max_new_tokens": 6, "shard_rows": 16}
+    wanted = scores(pv.flag(hooked, data, bank(), out=tmp_path / "plain", **settings))
+    outer, out = torch.autocast("cpu", dtype=torch.bfloat16), tmp_path / "out"
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), outer:
+        flags = pv.flag(hooked, data, bank(), out=out, **settings)
+        flags.report(tmp_path / "page.html", top=2)
+        assert torch.is_autocast_enabled("cpu")
+        rounded = hooked.hf(ids).logits
+    assert not torch.equal(rounded.float(), hooked.hf(ids).logits)  # that autocast does act
+    assert scores(flags) == wanted
+    flags.report(tmp_path / "plain.html", top=2)
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "plain.html").read_text()
+    (out / "scores/part-000001.parquet").unlink()  # begun in one and finished in the other
+    assert scores(pv.flag(hooked, data, bank(), out=out, **settings)) == wanted
