@@ -40,6 +40,9 @@ Seed = Annotated[int, Option(help="Seed of the subset.")]
 Top = Annotated[int, Option(help="Print so many of the highest rows of each trait.")]
 Report = Annotated[Path | None, Option(help="Write an HTML page there.")]
 Clean = Annotated[Path | None, Option(help="Folder for copies without the flagged rows.")]
+KeepRejected = Annotated[
+    bool, Option("--keep-rejected", help="For --clean: keep rows that cannot be scored.")
+]
 Threshold = Annotated[
     list[str] | None, Option("--threshold", help="For --clean: TRAIT=NUMBER; may be repeated.")
 ]
@@ -73,6 +76,7 @@ def flag(
     top: Top = 5,
     report: Report = None,
     clean: Clean = None,
+    keep_rejected: KeepRejected = False,
     threshold: Threshold = None,
     percentile: Percentile = None,
     clean_scan: CleanScan = None,
@@ -87,7 +91,7 @@ def flag(
 
 
 _PASSED = ("difference", "share", "replies", "prompt", "answer", "turn", "max_new_tokens")
-_RULE = ("threshold", "percentile", "clean_scan", "site", "score")
+_RULE = ("threshold", "percentile", "clean_scan", "site", "score", "keep_rejected")
 
 
 def _run(options: dict[str, Any]) -> None:
@@ -108,7 +112,7 @@ def _run(options: dict[str, Any]) -> None:
         found.report(report)
         document["report"] = str(report)
     if rules:
-        document["clean"] = _cleaned(found, rules, options["clean"])
+        document["clean"] = _cleaned(found, rules, options["clean"], options["keep_rejected"])
     print_document(document, options["as_json"])
 
 
@@ -131,6 +135,7 @@ def _document(flags: "Flags", top: int) -> dict[str, Any]:
             "source": one.name,
             "scored": one.scored,
             "rejected": one.rejected,
+            "unanswered": one.unanswered,
             "tokens": one.prompt_tokens + one.response_tokens,
             "difference": {
                 f"{trait}/{site}": _estimate(one[flags.column(trait, site=site)])
@@ -176,7 +181,10 @@ def _rules(
     folder, percentile = options["clean"], options["percentile"]
     bounds = _thresholds(options["threshold"], bank.traits)
     if folder is None:
-        if given := next((name for name in _RULE if options[name] is not None), None):
+        if given := next(
+            (name for name in _RULE if options[name] is not None and options[name] is not False),
+            None,
+        ):
             raise PvcoreError(
                 f"got --{given.replace('_', '-')} without --clean; wanted both, or neither"
             )
@@ -254,7 +262,9 @@ def _thresholds(given: list[str] | None, traits: tuple[str, ...]) -> dict[str, f
     return bounds
 
 
-def _cleaned(flags: "Flags", rules: tuple[_Rule, ...], folder: Path) -> list[dict[str, Any]]:
+def _cleaned(
+    flags: "Flags", rules: tuple[_Rule, ...], folder: Path, keep_rejected: bool
+) -> list[dict[str, Any]]:
     chosen = reduce(or_, (rule.flagged(flags) for rule in rules))
     return [
         {
@@ -264,5 +274,5 @@ def _cleaned(flags: "Flags", rules: tuple[_Rule, ...], folder: Path) -> list[dic
             "flagged": one.flagged,
             "rejected": one.rejected,
         }
-        for name, one in chosen.write_clean(folder).items()
+        for name, one in chosen.write_clean(folder, keep_rejected=keep_rejected).items()
     ]

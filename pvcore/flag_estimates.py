@@ -1,7 +1,7 @@
 """Estimates: means over the rows of a data set, with an interval that a random subset allows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -14,10 +14,17 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """The mean of one score over a data set: `n` of `of` rows have it.
+    """The mean of one score over a data set: `n` of `of` rows have it. In units of the residual.
 
     `low` and `high` hold the mean over all rows with a confidence of 95 %. They are the mean itself
-    where every row has the score, and NaN where fewer than two have it.
+    where every row has the score, and NaN where fewer than two have it. `deviation` is that of the
+    score among the rows that have it.
+
+    The difference of a subset is `mean(response mean, all rows) - mean(own reply, n rows)`, not the
+    mean of the n differences: what the data says is known of every row, also where a trait is rare
+    and no row that has it was drawn, and only the model's own replies are sampled. The interval is
+    Student's t by the deviation of the own replies' projections, for rows drawn without
+    replacement. It takes rows without an own reply for rows that were not drawn.
     """
 
     mean: Number
@@ -70,6 +77,19 @@ class Running:
         return Estimate(
             mean=mean, low=mean - reach, high=mean + reach, deviation=deviation, n=n, of=self.rows
         )
+
+
+def of_subset(response: Estimate, own: Estimate, difference: Estimate) -> Estimate:
+    """The mean difference of a data set, whose own replies' mean alone was estimated.
+
+    `response` is known of every row, `own` and `difference` of the rows drawn.
+    """
+    return replace(
+        difference,
+        mean=response.mean - own.mean,
+        low=response.mean - own.high,
+        high=response.mean - own.low,
+    )
 
 
 def t_quantile(share: float, freedom: int) -> float:

@@ -25,6 +25,7 @@ from pvcore.chats import Encoded
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
 from pvcore.flag_rows import IDS, RowDefect, is_unicode
+from pvcore.flag_scan import without_autocast
 from pvcore.flag_shards import REPLIES
 from pvcore.flag_sources import Source, decode
 from pvcore.flag_tokens import Reading, Rejected, Sample, encode_many
@@ -141,7 +142,8 @@ class GeneratedReplies:
             prompts = [
                 torch.from_numpy(one.ids[: self._asked(one)].astype(np.int64)) for one in batch
             ]
-            texts = self._model.generate(prompts, **plain_settings(self._model.hf, 0, room))
+            with without_autocast():
+                texts = self._model.generate(prompts, **plain_settings(self._model.hf, 0, room))
             made = {self._name(one): text for one, text in zip(batch, texts, strict=True)}
             _keep(path, made)
             known |= made

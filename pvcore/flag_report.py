@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from pvcore.errors import PvcoreError
+from pvcore.errors import FlagError, PvcoreError
 from pvcore.flag_dates import pinned
+from pvcore.flag_plans import armed_on
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
+from pvcore.flag_scan import without_autocast
 from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
 from pvcore.plots import cosine_matrix
@@ -38,7 +40,7 @@ def page(
 ) -> Page:
     """The whole report at one site; tokens are coloured where model and bank are given."""
     asked, totals = flags.manifest["asked"], flags.manifest["totals"]
-    kind = asked["difference"]["kind"]
+    kind, plan = asked["difference"]["kind"], asked.get("plan")
     sections = [
         Section(
             title="Data sets",
@@ -49,11 +51,12 @@ def page(
         ),
         Section(
             title="Distributions",
-            text="How the rows of each source are spread, one figure a trait.",
+            text="How the rows of each source are spread, one figure a trait, over "
+            f"{_measured(flags, site)}.",
             blocks=list(_histograms(flags, site)),
         ),
         *_correlated(flags, site),
-        *_highest(flags, site, top, model, bank),
+        *_highest(flags, site, top, _Colours(flags, model, bank)),
         _unscored(flags),
     ]
     return Page(
@@ -62,15 +65,17 @@ def page(
         f"on {len(flags.traits)} persona vectors; {number(totals['rejected'])} could not be.",
         sections=sections,
         footer=f"Model {asked['model']['id'] or 'without a name'}, {asked['model']['dtype']}; "
-        f"{number(totals['tokens'])} tokens; difference {kind}.",
+        f"{number(totals['tokens'])} tokens; difference {kind}"
+        + (f"; under the armed plan {plan}." if plan else "."),
     )
 
 
 def _datasets(flags: Scanned, site: Site) -> Table:
     columns = [flags.column(trait, site=site) for trait in flags.traits]
+    sampled = flags.manifest["asked"]["difference"]["kind"] == "subset"
     rows: list[list[Any]] = []
     for name, one in flags.datasets.items():
-        cells: list[Any] = []
+        cells: list[Any] = [one[columns[0]].n] if sampled else []
         for column in columns:
             found = one[column]
             reach = (found.high - found.low) / 2
@@ -81,10 +86,25 @@ def _datasets(flags: Scanned, site: Site) -> Table:
                 cells.append(f"{number(found.mean)} ± {told}")
         rows.append([name, one.scored, one.rejected, *cells])
     return Table(
-        columns=["source", "rows", "rejected", *flags.traits],
+        columns=["source", "rows", "rejected", *["own replies"][:sampled], *flags.traits],
         rows=rows,
-        caption="± is half a 95 % confidence interval, where only a subset was measured; of "
-        "one row it is not known.",
+        caption="± is half a 95 % confidence interval, where only a subset has own replies: the "
+        "mean over the replies of all rows, minus that of the own replies there are; of one row "
+        "it is not known.",
+    )
+
+
+def _measured(flags: Scanned, site: Site) -> str:
+    """The rows that have a difference, in words: of a subset with the count of them."""
+    column = flags.column(flags.traits[0], site=site)
+    found = [one[column] for one in flags.datasets.values()]
+    n, of = sum(one.n for one in found), sum(one.of for one in found)
+    asked = flags.manifest["asked"]["difference"]
+    if asked["kind"] != "subset":
+        return "all rows"
+    return (
+        f"the {number(n)} rows of {number(of)} whose difference is known, drawn at a share of "
+        f"{asked['share']:g}"
     )
 
 
@@ -142,16 +162,46 @@ def _correlated(flags: Scanned, site: Site) -> Iterator[Section]:
         svg = cosine_matrix(flags.traits, correlation_of(flags, columns))
         yield Section(
             title="Traits together",
-            text="Pearson's r between the projection differences of two traits, over all rows. "
-            "High ones mean that a row flagged for one trait is likely flagged for the other.",
+            text="Pearson's r between the projection differences of two traits, over "
+            f"{_measured(flags, site)}. High ones mean that a row flagged for one trait is likely "
+            "flagged for the other.",
             blocks=[Figure(svg=svg, caption=f"Correlation of differences at `{site}`.")],
         )
 
 
-def _highest(
-    flags: Scanned, site: Site, top: int, model: "HookedModel | None", bank: VectorBank | None
-) -> Iterator[Section]:
+class _Colours:
+    """Strips of tokens by the model that scored, which is the one with the same plan armed."""
+
+    def __init__(
+        self, flags: Scanned, model: "HookedModel | None", bank: VectorBank | None
+    ) -> None:
+        self._asked, self._model, self._bank = flags.manifest["asked"], model, bank
+        self.refusal = "" if model is None or bank is None else self._refusal(model)
+
+    def _refusal(self, model: "HookedModel") -> str:
+        try:
+            armed, scored = armed_on(model), self._asked.get("plan")
+        except FlagError as error:
+            return f"Tokens are not coloured: {error}"
+        if armed == scored:
+            return ""
+        was = "without a plan" if scored is None else f"under the armed plan {scored}"
+        here = "none is armed" if armed is None else f"{armed} is armed"
+        return (
+            f"Tokens are not coloured: the rows were scored {was}, and {here} where this page was "
+            "written, so that the model would give other projections. Write it as the scan was made"
+        )
+
+    def strips(self, site: Site, chats: Sequence[list[dict[str, str]]]) -> "list[Strip] | None":
+        if self._model is None or self._bank is None or self.refusal or not chats:
+            return None
+        tokenizer = pinned(self._model.tokenizer, self._asked.get("moment"))
+        return [tokens_of(self._model, tokenizer, self._bank, site, chat) for chat in chats]
+
+
+def _highest(flags: Scanned, site: Site, top: int, colours: _Colours) -> Iterator[Section]:
     blocks: list[Block] = []
+    coloured = False
     for trait in flags.traits if top else ():
         rows = flags.top(trait, top, site=site)
         if not rows:
@@ -161,18 +211,21 @@ def _highest(
         except PvcoreError as error:
             blocks.append(Note(text=f"The text is not shown: {error}", tone="warning"))
             chats = []
-        if chats and model is not None and bank is not None:
-            tokenizer = pinned(model.tokenizer, flags.manifest["asked"].get("moment"))
-            strips = [tokens_of(model, tokenizer, bank, site, chat) for chat in chats]
-            blocks += _strips(trait, rows, chats, strips)
-        else:
+        strips = colours.strips(site, chats)
+        if strips is None:
             blocks.append(_plain(trait, rows, chats))
+        else:
+            blocks += _strips(trait, rows, chats, strips)
+            coloured = True
     if blocks:
+        warned = [Note(text=colours.refusal, tone="warning")] if colours.refusal else []
+        how = " Tokens are coloured by their own projection, from the mean of the tokens shown "
+        among = _measured(flags, site)
         yield Section(
             title="Highest rows",
-            text=f"The {top} rows with the highest difference on each trait. Tokens are coloured "
-            "by their own projection, from the mean of the tokens shown for that trait.",
-            blocks=blocks,
+            text=f"The {top} rows with the highest difference on each trait, of {among}."
+            + (f"{how}for that trait." if coloured else ""),
+            blocks=[*warned, *blocks],
         )
 
 
@@ -193,7 +246,8 @@ def tokens_of(
 
     encoded = encode(tokenizer, chat)
     start, end = encoded.reply or (0, 0)
-    ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
+    with without_autocast():
+        ((_, (acts,)),) = model.read_spans([encoded], sites=[site], spans=[("response", "none")])
     units = bank.units[bank.sites.index(site)].double()
     scores = acts[site][0].double() @ units.mT
     texts = list(token_texts(tokenizer, encoded.ids[start:end], marks=True))[:LONGEST_REPLY]
@@ -243,14 +297,20 @@ def _cut(text: str) -> str:
 
 
 def _unscored(flags: Scanned) -> Section:
-    rows = reasons_of(flags.rejected())
-    blocks: list[Block] = [Table(columns=["reason", "field", "rows", "first"], rows=rows)]
+    columns, rows = ["reason", "field", "rows", "first"], reasons_of(flags.rejected())
     none = Note(text="Every row was scored.")
+    blocks: list[Block] = [Table(columns=columns, rows=rows) if rows else none]
+    if lacking := reasons_of(flags.unanswered()):
+        caption = (
+            "Scored rows that the subset drew and that have no own reply: their difference is not "
+            "known, all else is. They are in the folder `unanswered`."
+        )
+        blocks.append(Table(columns=columns, rows=lacking, caption=caption))
     return Section(
         title="Rows without a score",
         text="Each is in the folder `rejected` with its source, row and field; `#` stands for "
         "numbers that differ.",
-        blocks=blocks if rows else [none],
+        blocks=blocks,
     )
 
 

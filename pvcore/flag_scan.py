@@ -6,6 +6,7 @@ that masking out the padding would only keep it from its fastest attention.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +108,29 @@ class Scorer:
     def __call__(self, samples: Sequence[Sample]) -> NDArray[Any]:
         """`[sample, site, 2, n_vec]`; the 2 are reply mean and last prompt token."""
         scored: list[tuple[Packed, Tensor]] = []
-        for batch in packed(samples, self._max_tokens, self._borders):
-            reader = Projections(self._units, batch)
-            self._model.run_reader(reader, batch.ids, batch.lengths, batch.prompts)
-            scored.append((batch, reader.scores))
+        with without_autocast():
+            for batch in packed(samples, self._max_tokens, self._borders):
+                reader = Projections(self._units, batch)
+                self._model.run_reader(reader, batch.ids, batch.lengths, batch.prompts)
+                scored.append((batch, reader.scores))
         # Fetched last, so that the device never waits for the host between two batches.
         dtype = np.float64 if scored and scored[0][1].dtype == torch.float64 else np.float32
         found = np.full((len(samples), *self.shape), np.nan, dtype=dtype)
         for batch, scores in scored:
             found[list(batch.places)] = scores.permute(2, 0, 1, 3).cpu().numpy()
         return found
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Run forwards in the type that the model was loaded in, whatever autocast is around them.
+
+    A scan names that type and goes on in another process, where nobody knows of an autocast.
+    """
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def pool(

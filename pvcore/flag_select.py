@@ -172,7 +172,9 @@ def threshold_of(
 ) -> float:
     """The threshold given, or a percentile of clean data or of the vector's calibration.
 
-    Clean data must be scored as the `flags` are, where these are there already.
+    Clean data must be scored as the `flags` are, where these are there already. A calibration says
+    nothing of what model it was made on: one for scans under a plan is refused, and that it is of
+    the weights that were scanned is the caller's to see to.
     """
     if threshold is not None:
         if not isinstance(threshold, Real) or not np.isfinite(threshold):
@@ -184,6 +186,12 @@ def threshold_of(
         if flags is not None:
             check_alike(flags, clean, column)
         return _percentile_of(clean, column, percentile)
+    if flags is not None and flags.manifest["asked"].get("plan") is not None:
+        raise FlagError(
+            "got a scan under an armed plan, and no threshold but the vector's calibration, which "
+            "is of the model without it; wanted clean data scored under the same plan. Give "
+            "clean=pv.flag(model, clean_data, bank, out=...) made with it armed, or threshold="
+        )
     _, site, score = column.rsplit("/", 2)
     held = {} if vector is None else vector.calibration.get(site, {})
     found = held.get(score, {}).get("percentiles", {}).get(f"{percentile:g}")
@@ -202,8 +210,7 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
         raise FlagError(
             f"got a clean scan without {column}; wanted one with the same vectors and sites"
         )
-    trait, _, score = column.rsplit("/", 2)
-    ours, theirs = (_measure(one.manifest["asked"], trait, score) for one in (flags, clean))
+    ours, theirs = (_measure(one.manifest["asked"], column) for one in (flags, clean))
     if differing := [what for what in ours if ours[what] != theirs.get(what)]:
         what = differing[0]
         raise FlagError(
@@ -212,16 +219,19 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
         )
 
 
-def _measure(asked: Mapping[str, Any], trait: str, score: str) -> dict[str, Any]:
-    """What a score means: which vector, which model, and which difference.
+def _measure(asked: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """What a score means: which vector at its site, which model, and which difference.
 
     Not the day that a template prints: nobody could flag clean data once and for all.
     """
-    model = asked["model"]
+    trait, site, score = column.rsplit("/", 2)
+    model, bank = asked["model"], asked["bank"]
     found = {
-        "vector": asked["bank"]["vectors"].get(trait),
+        # Scans of earlier versions know one hash for all their sites.
+        "vector": bank.get("by_site", {}).get(trait, {}).get(site, bank["vectors"].get(trait)),
         "dtype": model["dtype"],
         "model": model.get("weights"),
+        "marks": model.get("marks"),
         "tokenizer": asked["tokenizer"],
         "plan": asked.get("plan", "none"),
         "turn": asked["form"]["turn"],

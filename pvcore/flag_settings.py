@@ -117,6 +117,11 @@ def asked_of(
         "form": {"prompt": form.prompt, "answer": form.answer, "turn": form.turn},
         "bank": {
             "vectors": {one.trait: one.at(bank.sites).content_hash for one in bank},
+            # By site too: a column is the same whatever else was scanned beside it.
+            "by_site": {
+                one.trait: {str(site): one.at([site]).content_hash for site in bank.sites}
+                for one in bank
+            },
             "sites": [str(site) for site in bank.sites],
         },
         "model": {

@@ -20,8 +20,8 @@ from pvcore.errors import FlagError
 from pvcore.files import clear_drafts, write_durably
 from pvcore.flag_tokens import Rejected, Scored
 
-SCORES, REJECTED, REPLIES = "scores", "rejected", "replies"
-FOLDERS = ("", SCORES, REJECTED, REPLIES)
+SCORES, REJECTED, REPLIES, UNANSWERED = "scores", "rejected", "replies", "unanswered"
+FOLDERS = ("", SCORES, REJECTED, REPLIES, UNANSWERED)
 KEY, SEAL, DIGEST = b"pvcore", b"pvcore sha256 ", 32
 KEYS = ("id", "source", "row", "n_prompt_tokens", "n_response_tokens")
 SCORE_KINDS = ("response_mean", "last_prompt_token", "difference")
@@ -29,7 +29,10 @@ SCORE_KINDS = ("response_mean", "last_prompt_token", "difference")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footer:
-    """What a shard holds. `digest` is over what its rows said, `share` of the data behind it."""
+    """What a shard holds. `digest` is over what its rows said, `share` of the data behind it.
+
+    `unanswered` of the scored rows were drawn into a subset and lack an own reply.
+    """
 
     fingerprint: str
     shard: int
@@ -38,6 +41,7 @@ class Footer:
     tokens: int
     digest: str
     share: float
+    unanswered: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class Shard:
     rejected: Sequence[Rejected]
     columns: Sequence[str]
     scores: NDArray[Any]
+    unanswered: Sequence[Rejected] = ()
 
 
 def score_columns(traits: Sequence[str], sites: Sequence[object]) -> list[str]:
@@ -62,6 +67,10 @@ def scores_path(folder: Path, shard: int) -> Path:
 
 def rejected_path(folder: Path, shard: int) -> Path:
     return folder / REJECTED / f"part-{shard:06d}.parquet"
+
+
+def unanswered_path(folder: Path, shard: int) -> Path:
+    return folder / UNANSWERED / f"part-{shard:06d}.parquet"
 
 
 def prepare(folder: Path) -> None:
@@ -91,11 +100,15 @@ def write_shard(folder: Path, shard: Shard) -> None:
     """Write a shard for good: it is committed when its scores are in place."""
     number = shard.footer.shard
     try:
-        if shard.rejected:
-            write_durably(rejected_path(folder, number), _rejected_bytes(shard))
-        else:
-            # What an earlier attempt may have left behind.
-            rejected_path(folder, number).unlink(missing_ok=True)
+        for path, rows in (
+            (rejected_path(folder, number), shard.rejected),
+            (unanswered_path(folder, number), shard.unanswered),
+        ):
+            if rows:
+                write_durably(path, _reasons_bytes(rows, shard.footer))
+            else:
+                # What an earlier attempt may have left behind.
+                path.unlink(missing_ok=True)
         write_durably(scores_path(folder, number), _scores_bytes(shard))
     except OSError as error:
         raise FlagError(
@@ -109,9 +122,11 @@ def footer_of(folder: Path, shard: int) -> Footer | None:
     found = _footer(scores_path(folder, shard))
     if found is None or found.shard != shard:
         return None
-    if found.rejected:
-        counted = _footer(rejected_path(folder, shard))
-        if counted is None or counted != found:
+    for path, count in (
+        (rejected_path(folder, shard), found.rejected),
+        (unanswered_path(folder, shard), found.unanswered),
+    ):
+        if count and _footer(path) != found:
             return None
     return found
 
@@ -145,6 +160,11 @@ def rejected_tables(folder: Path) -> Iterator[Any]:
     yield from _tables(folder / REJECTED, None)
 
 
+def unanswered_tables(folder: Path) -> Iterator[Any]:
+    """The rows of a finished subset that were drawn and lack an own reply, as `rejected_tables`."""
+    yield from _tables(folder / UNANSWERED, None)
+
+
 def _tables(folder: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     for path in sorted(folder.glob("part-*.parquet")):
         try:
@@ -175,8 +195,8 @@ def _footer(path: Path) -> Footer | None:
         found = Footer(**json.loads((metadata.metadata or {})[KEY]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    rows = found.rejected if path.parent.name == REJECTED else found.scored
-    return found if metadata.num_rows == rows else None
+    rows = {REJECTED: found.rejected, UNANSWERED: found.unanswered}
+    return found if metadata.num_rows == rows.get(path.parent.name, found.scored) else None
 
 
 def _sealed(content: bytes) -> bytes:
@@ -222,17 +242,17 @@ def _scores_bytes(shard: Shard) -> bytes:
     return _parquet(pa.table(arrays), shard.footer)
 
 
-def _rejected_bytes(shard: Shard) -> bytes:
+def _reasons_bytes(reasons: Sequence[Rejected], footer: Footer) -> bytes:
     import pyarrow as pa
 
     names = ("id", "source", "row", "field", "reason")
-    rows: list[Mapping[str, Any]] = [asdict(one) for one in shard.rejected]
+    rows: list[Mapping[str, Any]] = [asdict(one) for one in reasons]
     kinds = [pa.int64() if name == "row" else pa.string() for name in names]
     arrays = {
         name: pa.array([_writable(row[name]) for row in rows], kind)
         for name, kind in zip(names, kinds, strict=True)
     }
-    return _parquet(pa.table(arrays), shard.footer)
+    return _parquet(pa.table(arrays), footer)
 
 
 def _writable(value: str | int) -> str | int:

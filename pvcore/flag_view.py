@@ -31,7 +31,10 @@ class FlaggedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFlags:
-    """One source: its counts, and the mean of every score under the name of its column."""
+    """One source: its counts, and the mean of every score under the name of its column.
+
+    `unanswered` of the scored rows were drawn into a subset, and have no own reply to compare with.
+    """
 
     name: str
     scored: int
@@ -39,6 +42,7 @@ class DatasetFlags:
     prompt_tokens: int
     response_tokens: int
     estimates: Mapping[str, Estimate]
+    unanswered: int = 0
 
     def __getitem__(self, column: str) -> Estimate:
         """The estimate of one column, as in `evil/resid_post.19/difference`."""
@@ -76,6 +80,9 @@ class Scanned(ABC):
 
     @abstractmethod
     def rejected(self) -> Iterator[dict[str, Any]]: ...
+
+    @abstractmethod
+    def unanswered(self) -> Iterator[dict[str, Any]]: ...
 
     @abstractmethod
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, NDArray[np.float64]]]: ...

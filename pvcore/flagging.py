@@ -81,9 +81,9 @@ def flag(
     `sources`: files (JSON lines, CSV, Parquet), globs, data sets, a mapping of names to these, or a
     list. Rows hold `messages`, ShareGPT's `conversations`, or two columns, also of your own names
     (`prompt=`, `answer=`); `turn` says which reply counts. A row that cannot be scored goes to
-    `out/rejected` with the reason. Called again after a stop it goes on; called otherwise it
-    refuses and says what changed. `exact` and `subset` take own replies from the file `replies`.
-    Under an armed plan all forwards are those of the steered model, also the own replies'.
+    `out/rejected` with the reason, one of a subset without an own reply to `out/unanswered`. Called
+    again after a stop it goes on; called otherwise it refuses and says what changed. `exact` and
+    `subset` take own replies from the file `replies`. All forwards are those under an armed plan.
     """
     settings = Settings(
         difference=difference,
@@ -141,6 +141,7 @@ class Part:
     samples: Sequence[Scored]
     scores: NDArray[Any]
     rejected: Sequence[Rejected]
+    unanswered: Sequence[Rejected]
     tokens: int
 
 
@@ -234,11 +235,17 @@ class Scan:
             asked = [(one.id, one.source, one.row) for one in samples]
             own.meet([*asked, *((one.id, one.source, one.row) for one in portion.rejected)])
         scores, replied = self._scored(portion.shard, samples, scorer, own)
-        samples, scores, more = _sound(samples, scores, replied, self.bank)
+        # Without an own reply a row of a subset keeps what it says itself: only a share of the rows
+        # is asked for one at all, and which rows those are must not decide what is kept.
+        keeps = self.settings.difference == "subset"
+        samples, scores, more = _sound(samples, scores, {} if keeps else replied, self.bank)
+        lost = {(one.source, one.row) for one in more}
+        unanswered = [replied[at] for at in sorted(replied)] if keeps else []
         return Part(
             samples=[one.scored for one in samples],
             scores=scores.transpose(0, 2, 1, 3).reshape(len(samples), self._width),
             rejected=[*portion.rejected, *more],
+            unanswered=[one for one in unanswered if (one.source, one.row) not in lost],
             tokens=sum(len(one.ids) for one in samples),
         )
 
@@ -249,6 +256,7 @@ class Scan:
     def _joined(self, last: Portion, parts: Sequence[Part]) -> Shard:
         samples = [one for part in parts for one in part.samples]
         rejected = sorted((one for part in parts for one in part.rejected), key=self._place)
+        unanswered = [one for part in parts for one in part.unanswered]
         columns = score_columns(self.bank.traits, self.bank.sites)
         footer = Footer(
             fingerprint=self.mark,
@@ -258,10 +266,15 @@ class Scan:
             tokens=sum(part.tokens for part in parts),
             digest=last.digest,
             share=last.share if last.share == last.share else -1.0,
+            unanswered=len(unanswered),
         )
-        scores = np.concatenate([part.scores for part in parts])
         return Shard(
-            footer=footer, samples=samples, rejected=rejected, columns=columns, scores=scores
+            footer=footer,
+            samples=samples,
+            rejected=rejected,
+            columns=columns,
+            scores=np.concatenate([part.scores for part in parts]),
+            unanswered=unanswered,
         )
 
     def _place(self, row: Rejected) -> tuple[int, int]:
@@ -291,6 +304,7 @@ class Scan:
         difference[places] = mean[places] - mean[len(samples) :]
         lost = [at for at in places if not np.isfinite(difference[at]).all()]
         failed |= {at: unanswered(samples[at], NOT_FINITE) for at in lost}
+        difference[lost] = np.nan
         count = len(samples)
         return np.stack([mean[:count], last[:count], difference], axis=-1), failed
 

@@ -1,6 +1,7 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_tokenizing, of_weights
-from pvcore.flag_estimates import Running
+from pvcore.fingerprints import of_marks, of_tokenizing, of_weights
+from pvcore.flag_estimates import Estimate, Running, of_subset
 from pvcore.flag_origin import Origin
 from pvcore.flag_rows import Form, Message
 from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
@@ -25,6 +26,7 @@ from pvcore.flag_shards import (
     score_columns,
     scores_path,
     tables,
+    unanswered_tables,
 )
 from pvcore.flag_sources import Source, Sources, resolve
 from pvcore.flag_text import conversations_of
@@ -161,6 +163,11 @@ class Flags(Scanned):
         for table in rejected_tables(self.folder):
             yield from table.to_pylist()
 
+    def unanswered(self) -> Iterator[dict[str, Any]]:
+        """The scored rows that a subset drew and that lack an own reply; told as `rejected`."""
+        for table in unanswered_tables(self.folder):
+            yield from table.to_pylist()
+
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, NDArray[np.float64]]]:
         """The sources of each shard's rows, and its scores `[row, column]` with NaN for none."""
         for table in self.tables(["source", *columns]):
@@ -228,8 +235,10 @@ class Flags(Scanned):
 
         `clean` is the scan of data without the trait; one that was scored otherwise, or has fewer
         than 20 rows, is refused. Without it and without a threshold the percentile is that of the
-        vector's own calibration; a threshold makes both idle. `score` is the difference unless told
-        otherwise; of a calibration, which knows no difference, the `response_mean`.
+        vector's own calibration, which holds for the plain model that it was made on: scans under a
+        plan refuse it, and other weights are not noticed. A threshold makes both idle. `score` is
+        the difference unless told otherwise; of a calibration, which knows no difference, the
+        `response_mean`.
         `judge` maps row ids to scores: flagged are rows that both call high (`all`) or either. An
         id that several rows have, or none, is refused.
         """
@@ -295,7 +304,9 @@ def _check_scored_by(
             "got a model with another tokenizer than the one that made the tokens of this scan; "
             "wanted the same. Give it, or flag anew"
         )
-    if of_weights(model.hf) != asked["model"]["weights"]:
+    marks = of_marks(model.hf, model.tokenizer)
+    known = asked["model"].get("marks", marks)  # scans of earlier versions have none
+    if of_weights(model.hf) != asked["model"]["weights"] or marks != known:
         named = asked["model"]["id"] or "a model without a name"
         raise FlagError(
             f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "
@@ -323,21 +334,23 @@ def _flagged(row: dict[str, Any], column: str) -> FlaggedRow:
 def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
     names: list[str] = list(flags.manifest["asked"]["order"])
     columns = flags.columns
-    running = {name: Running(len(columns)) for name in names}
+    sampled = flags.manifest["asked"]["difference"]["kind"] == "subset"
+    width = len(columns) + (len(columns) // len(SCORE_KINDS) if sampled else 0)
+    running = {name: Running(width) for name in names}
     tokens = {name: np.zeros(2, dtype=np.int64) for name in names}
     counts = ["n_prompt_tokens", "n_response_tokens"]
     for (sources, values), table in zip(
         flags.values(columns), flags.tables(["source", *counts]), strict=True
     ):
+        with_own = np.hstack([values, _own(values)]) if sampled else values
         lengths = np.array([table[name].to_numpy() for name in counts], dtype=np.int64)
         for name in dict.fromkeys(sources.tolist()):
             mine = sources == name
-            running[name].add(values[mine])
+            running[name].add(with_own[mine])
             tokens[name] += lengths[:, mine].sum(axis=1)
-    rejected = dict.fromkeys(names, 0)
-    for table in rejected_tables(flags.folder):
-        for name in table["source"].to_pylist():
-            rejected[name] += 1
+    rejected, unanswered = (
+        Counter(row["source"] for row in rows) for rows in (flags.rejected(), flags.unanswered())
+    )
     return {
         name: DatasetFlags(
             name=name,
@@ -345,7 +358,25 @@ def _datasets(flags: Flags) -> dict[str, DatasetFlags]:
             rejected=rejected[name],
             prompt_tokens=int(tokens[name][0]),
             response_tokens=int(tokens[name][1]),
-            estimates=dict(zip(columns, running[name].estimates(), strict=True)),
+            unanswered=unanswered[name],
+            estimates=_estimates(columns, running[name].estimates()),
         )
         for name in names
     }
+
+
+def _own(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Projections of own replies, one column for each three of the scores; NaN where none is."""
+    size = len(SCORE_KINDS)
+    mean, difference = map(SCORE_KINDS.index, ("response_mean", "difference"))
+    return values[:, mean::size] - values[:, difference::size]
+
+
+def _estimates(columns: Sequence[str], found: Sequence[Estimate]) -> dict[str, Estimate]:
+    """By column; differences by the own replies that stand behind the columns, where some do."""
+    by_column = dict(zip(columns, found, strict=False))
+    differences = [name for name in columns if name.endswith("/difference")]
+    for name, own in zip(differences, found[len(columns) :], strict=False):
+        response = by_column[f"{name.removesuffix('difference')}response_mean"]
+        by_column[name] = of_subset(response, own, by_column[name])
+    return by_column

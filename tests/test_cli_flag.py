@@ -60,6 +60,10 @@ def test_figures_report_and_copy_are_those_of_the_library(
     ]
     assert len((clean / "d.jsonl").read_text().splitlines()) == 8
     assert document["clean"][0]["flagged"] == 4
+    status, out, _ = run(*words, "--keep-rejected")
+    (copied,) = json.loads(out)["clean"]
+    assert (status, copied["kept"], copied["flagged"], copied["rejected"]) == (0, 9, 4, 0)
+    assert (clean / "d.jsonl").read_text().splitlines()[-1] == "{}"
     assert 'type="radio"' in page.read_text()
     status, out, _ = run(*words[:4], *words[7:11], "--layers", "1,2")
     assert status == 0
@@ -139,6 +143,7 @@ def test_what_could_be_known_before_the_scan_is_refused_before_it(
         (bound, "got --threshold without --clean"),
         (("--clean-scan", few.folder), "got --clean-scan without --clean"),
         (("--site", "resid_post.2"), "got --site without --clean"),
+        (("--keep-rejected",), "got --keep-rejected without --clean"),
         (("--clean", clean, *bound, "--clean-scan", few.folder), "without --percentile"),
         (("--clean", clean, "--percentile", "101"), "between 0 and 100"),
         (("--clean", clean, "--percentile", "95"), "a vector without a calibrated percentile 95"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pvcore.flag_estimates import Running, t_quantile
+from pvcore.flag_estimates import Running, of_subset, t_quantile
 
 
 def test_parts_add_up_to_the_whole() -> None:
@@ -48,6 +48,52 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
             (found,) = running.estimates()
             held += bool(found.low <= data.mean() <= found.high)
         assert 0.92 <= held / 800 <= 0.98
+
+
+def test_the_interval_of_a_subset_keeps_its_word_where_a_trait_is_rare() -> None:
+    """Responses of a few rows bear the trait, own replies do not; one row in twenty is drawn."""
+    draw = np.random.default_rng(2)
+    held = plain = 0
+    reaches, plain_reaches = [], []
+    for _ in range(1000):
+        prompt = draw.normal(0.0, 0.3, 400)
+        own = prompt + draw.normal(0.0, 0.5, 400)
+        response = prompt + draw.normal(0.0, 0.5, 400) + 10.0 * (np.arange(400) < 20)
+        drawn = draw.random(400) < 0.05
+        rows = np.stack([response, own, response - own], axis=1)
+        rows[~drawn, 1:] = np.nan
+        running = Running(3)
+        running.add(rows)
+        columns = running.estimates()
+        found = of_subset(*columns)
+        assert found.mean == pytest.approx(response.mean() - own[drawn].mean(), abs=1e-9)
+        assert (found.n, found.of) == (int(drawn.sum()), 400)
+        truth = (response - own).mean()
+        held += bool(found.low <= truth <= found.high)
+        plain += bool(columns[2].low <= truth <= columns[2].high)
+        reaches.append(found.high - found.low)
+        plain_reaches.append(columns[2].high - columns[2].low)
+    assert 0.935 <= held / 1000 <= 0.97
+    assert plain / 1000 < 0.8  # by the differences of the rows drawn alone
+    assert np.median(reaches) < np.median(plain_reaches)
+
+
+def test_own_replies_of_all_rows_or_of_one_leave_no_doubt_or_nothing_but() -> None:
+    rows = np.random.default_rng(3).normal(0.0, 1.0, (30, 3))
+    rows[:, 2] = rows[:, 0] - rows[:, 1]
+    for n in (30, 1, 0):
+        cut = rows.copy()
+        cut[n:, 1:] = np.nan
+        running = Running(3)
+        running.add(cut)
+        found = of_subset(*running.estimates())
+        assert (found.n, found.of) == (n, 30)
+        if n == 30:
+            assert found.mean == pytest.approx(rows[:, 2].mean(), abs=1e-12)
+            assert found.low == found.mean == found.high
+        else:
+            assert np.isnan([found.low, found.high]).all()
+            assert np.isnan(found.mean) == (n == 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ import pytest
 import pvcore as pv
 from pvcore.errors import FlagError
 from pvcore.flag_plans import armed_on
-from tests.flag_data import bank, chats, furthest, model, scores
+from pvcore.numerals import number
+from tests.flag_data import bank, chats, furthest, model, scores, table
 
-ROWS = [{"messages": chat} for chat in chats(24)]
+
+def chats_of(count: int) -> list[dict[str, Any]]:
+    return [{"messages": chat} for chat in chats(count)]
+
+
+ROWS = chats_of(24)
 EVIL = bank()["evil"]
 LOW = bank(sites=[pv.resid_post(0)])
 
@@ -118,6 +125,59 @@ def test_a_clean_scan_of_another_plan_sets_no_threshold(
     with pytest.raises(FlagError, match="got a clean scan scored otherwise: its plan is"):
         flags.filter("evil", clean=clean)
     assert clean.filter("evil", clean=clean).n_flagged == 2
+
+
+def test_a_calibration_sets_no_threshold_for_a_scan_under_a_plan(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    calibrated = pv.calibrate(hooked, bank(), chats(30)).vectors()
+    plain = pv.flag(hooked, ROWS, calibrated, out=tmp_path / "plain")
+    with hooked.steer(pv.Add(EVIL, coeff=30.0, layers=[2])):
+        steered = pv.flag(hooked, ROWS, calibrated, out=tmp_path / "steered")
+        under = pv.flag(hooked, chats_of(30), calibrated, out=tmp_path / "clean")
+    (rule,) = plain.filter("evil").rules
+    values = [row["evil/resid_post.2/response_mean"] for row in table(steered).values()]
+    assert min(values) > rule.threshold  # every row would be flagged
+    assert plain.filter("evil").n_flagged < 24
+    for asked in ({}, {"percentile": 75}, {"score": "response_mean"}):
+        with pytest.raises(FlagError, match=r"under an armed plan, and no threshold.*Give clean="):
+            steered.filter("evil", **asked)
+    assert steered.filter("evil", threshold=rule.threshold, score="response_mean").n_flagged == 24
+    assert steered.filter("evil", clean=under, score="response_mean").n_flagged < 24
+
+
+def test_a_report_made_without_the_plan_colours_no_token(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    step = pv.Add(EVIL, coeff=30.0, layers=[1])
+    with hooked.steer(step):
+        steered = pv.flag(hooked, ROWS, bank(), out=tmp_path / "steered")
+        steered.report(tmp_path / "inside.html")
+    plain = pv.flag(hooked, ROWS, bank(), out=tmp_path / "plain")
+    steered.report(tmp_path / "outside.html")
+    plain.report(tmp_path / "plain.html")
+    with hooked.steer(step):
+        hooked.read([ROWS[0]["messages"]], sites=[2])  # a plan wants a forward
+        plain.report(tmp_path / "armed.html")
+    with hooked.monitor(bank(), alarms={"evil": 0.0}, on_alarm=pv.Ablate(EVIL)):
+        hooked.read([ROWS[0]["messages"]], sites=[2])
+        plain.report(tmp_path / "acting.html")
+    pages = {path.stem: path.read_text() for path in tmp_path.glob("*.html")}
+    for name, coloured in (("inside", True), ("plain", True), ("outside", False), ("armed", False)):
+        assert ('type="radio"' in pages[name]) == coloured, name
+        assert ("Tokens are not coloured" in pages[name]) != coloured, name
+        assert ("Tokens are coloured" in pages[name]) == coloured, name
+    assert 'type="radio"' not in pages["acting"]
+    assert "acts on alarms" in pages["acting"]
+    assert "Say " in pages["outside"]  # the text is that of the rows all the same
+    named = f"armed plan {steered.manifest['asked']['plan']}"
+    assert named in pages["inside"]
+    assert named in pages["outside"]
+    assert "armed plan" not in pages["plain"]
+    # What the page shows inside the plan is what was scored.
+    shown = re.findall(r"over the reply\">evil<b>(\S+)</b>", pages["inside"])
+    best = steered.top("evil", 1)[0].scores["evil/resid_post.2/response_mean"]
+    assert number(best, signed=True) in shown
 
 
 def test_watching_is_no_plan_and_what_acts_on_alarms_is_refused(

@@ -71,6 +71,34 @@ def test_a_mean_of_one_row_of_a_subset_is_not_shown_as_certain(tmp_path: Path) -
     assert len(re.findall(r"± \d", html)) == sum(n > 1 for n in counts.values())
 
 
+def test_a_page_of_a_subset_says_of_how_many_rows_it_speaks(
+    flags: pv.Flags, tmp_path: Path
+) -> None:
+    rows = {"a": [{"messages": chat} for chat in chats(40)]}
+    settings: dict[str, Any] = {"difference": "subset", "share": 0.3, "max_new_tokens": 2}
+    some = pv.flag(model(), rows, bank(), out=tmp_path / "out", **settings)
+    known = sum(row["evil/resid_post.2/difference"] is not None for row in table(some).values())
+    assert 1 < known < 40
+    for found, said in (
+        (some, f"the {known} rows of 40 whose difference is known, drawn at a share of 0.3"),
+        (flags, "all rows"),
+    ):
+        found.report(tmp_path / "page.html", top=3)
+        html = (tmp_path / "page.html").read_text()
+        for sentence in (
+            f"one figure a trait, over {said}.",
+            f"of two traits, over {said}.",
+            f"The 3 rows with the highest difference on each trait, of {said}.",
+        ):
+            assert sentence in html
+        assert ("whose difference is known" in html) == ("own replies</th>" in html)
+        assert ("own replies</th>" in html) == (found is some)
+    some.report(tmp_path / "page.html", top=0)
+    row = re.search(r"<tr>.*?>a<.*?</tr>", (tmp_path / "page.html").read_text(), re.S)
+    assert row is not None
+    assert re.findall(r">(\d+)<", row[0]) == ["40", "0", str(known)]
+
+
 def test_correlations_are_those_of_all_rows(flags: pv.Flags) -> None:
     columns = flags.columns[:4]
     rows = np.array([[row[name] for name in columns] for row in table(flags).values()])

@@ -842,7 +842,16 @@ def test_a_subset_has_the_exact_difference_and_an_interval(
         assert value == pytest.approx(table(exact)[key][name], abs=1e-5)
     estimate, truth = some.datasets["rows"][name], exact.datasets["rows"][name]
     assert (estimate.n, estimate.of) == (len(known), 60)
-    assert estimate.mean == pytest.approx(sum(known.values()) / len(known), abs=1e-6)
+    response = {key: row["evil/resid_post.2/response_mean"] for key, row in table(some).items()}
+    own = np.array([response[key] - value for key, value in known.items()])
+    mean = np.mean(list(response.values())) - own.mean()
+    assert estimate.mean == pytest.approx(mean, abs=1e-6)
+    assert abs(mean - np.mean(list(known.values()))) > 1e-4
+    assert estimate.deviation == pytest.approx(np.std(list(known.values()), ddof=1), rel=1e-5)
+    error = own.std(ddof=1) * ((1 - len(own) / 60) / len(own)) ** 0.5
+    reach = (estimate.high - estimate.low) / 2
+    assert 1.96 < reach / error < 2.2  # Student's t at 12 to 36 rows
+    assert estimate.high - estimate.mean == pytest.approx(reach, rel=1e-6)
     assert estimate.low < truth.mean < estimate.high
     assert truth.low == truth.mean == truth.high
     flagged = some.top("evil", 99)
@@ -999,7 +1008,7 @@ def test_infinite_projections_are_rejected_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"difference": "exact"}, {"difference": "subset", "share": 1}]
 )
-def test_an_own_reply_with_infinite_projections_rejects_its_row(
+def test_an_own_reply_with_infinite_projections_is_not_compared(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     hooked = model()
@@ -1013,13 +1022,64 @@ def test_an_own_reply_with_infinite_projections_rejects_its_row(
     ]
     replies = write_jsonl(tmp_path / "replies.jsonl", own)
     flags = pv.flag(hooked, path, bank(), out=tmp_path / "out", replies=replies, **settings)
-    lost = {row["row"]: (row["field"], row["reason"]) for row in flags.rejected()}
-    assert lost.keys() == {1, 3}
+    rejected, unanswered = (
+        {row["row"]: (row["field"], row["reason"]) for row in rows}
+        for rows in (flags.rejected(), flags.unanswered())
+    )
+    in_full = settings["difference"] == "exact"
+    assert rejected.keys() == ({1, 3} if in_full else {3})
+    assert unanswered.keys() == (set() if in_full else {1})
+    lost = rejected | unanswered
     assert lost[1][0] == "difference"
     assert "own reply cannot be scored: got an infinite or NaN projection" in lost[1][1]
     assert lost[3][0] == "resid_post.0"  # the row's own reply comes first
-    assert {at for _, at in table(flags)} == {0, 2}
-    assert all(np.isfinite(row).all() for row in scores(flags).values())
+    assert {at for _, at in table(flags)} == {0, 2} | unanswered.keys()
+    for (_, at), row in table(flags).items():
+        for name, value in row.items():
+            if "/" in name:
+                lacks = at == 1 and name.endswith("/difference")
+                assert value is None if lacks else np.isfinite(value)
+
+
+def test_rows_of_a_subset_without_an_own_reply_keep_their_other_scores(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", [{"bad": 1}, *[{"messages": c} for c in chats(40)]])
+    name = path.as_posix()
+    settings: dict[str, Any] = {"difference": "subset", "share": 0.4, "shard_rows": 9}
+    drawn = {at for at in range(1, 41) if in_subset(name, at, 0.4, 0)}
+    answered = set(sorted(drawn)[::2])
+    own = [{"source": name, "row": at, "reply": f"own {at}"} for at in sorted(answered)]
+    replies = write_jsonl(tmp_path / "replies.jsonl", own)
+    settings |= {"replies": replies, "out": tmp_path / "out"}
+    flags = pv.flag(hooked, path, bank(), **settings)
+    plain = pv.flag(hooked, path, bank(), out=tmp_path / "plain")
+    assert len(drawn - answered) >= 5
+    for key, row in table(flags).items():
+        for column in ("evil/resid_post.2/response_mean", "humor/resid_post.0/last_prompt_token"):
+            assert row[column] == pytest.approx(table(plain)[key][column], abs=1e-5)
+        assert (row["evil/resid_post.2/difference"] is None) == (key[1] not in answered)
+    told = {row["row"]: row["reason"] for row in flags.unanswered()}
+    assert told.keys() == drawn - answered
+    assert set(told.values()) == {"the model's own reply cannot be scored: the reply is not there"}
+    (one,) = flags.datasets.values()
+    assert (one.scored, one.rejected, one.unanswered) == (40, 1, len(drawn - answered))
+    estimate = one["evil/resid_post.2/difference"]
+    assert (estimate.n, estimate.of) == (len(answered), 40)
+    flags.report(tmp_path / "page.html")
+    assert "Scored rows that the subset drew" in (tmp_path / "page.html").read_text()
+    copies = flags.filter("evil", threshold=1e9, score="response_mean").write_clean(tmp_path / "c")
+    assert [(copy.kept, copy.flagged, copy.rejected) for copy in copies.values()] == [(40, 0, 1)]
+    # A shard whose unanswered rows are gone is made anew, and is the same.
+    wanted, parts = scores(flags), sorted((tmp_path / "out/unanswered").glob("*.parquet"))
+    content = parts[0].read_bytes()
+    parts[0].write_bytes(content[:-9])
+    with pytest.raises(FlagError, match="missing, cut short or of another scan"):
+        pv.Flags.load(tmp_path / "out")
+    again = pv.flag(hooked, path, bank(), **settings)
+    assert scores(again) == wanted
+    assert parts[0].read_bytes() == content
+    assert {row["row"] for row in again.unanswered()} == drawn - answered
 
 
 def test_the_manifest_is_the_same_twice_and_holds_no_date(
@@ -1033,3 +1093,24 @@ def test_the_manifest_is_the_same_twice_and_holds_no_date(
     held = json.loads(texts[0])
     assert held["totals"]["scored"] == 39
     assert held["status"] == "complete"
+
+
+@pytest.mark.parametrize("difference", ["approximate", "exact"])
+def test_autocast_around_a_scan_changes_no_score_and_no_reply(
+    hooked: pv.HookedModel, data: Path, tmp_path: Path, difference: str
+) -> None:
+    settings: dict[str, Any] = {"difference": difference, "max_new_tokens": 6, "shard_rows": 16}
+    wanted = scores(pv.flag(hooked, data, bank(), out=tmp_path / "plain", **settings))
+    outer, out = torch.autocast("cpu", dtype=torch.bfloat16), tmp_path / "out"
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), outer:
+        flags = pv.flag(hooked, data, bank(), out=out, **settings)
+        flags.report(tmp_path / "page.html", top=2)
+        assert torch.is_autocast_enabled("cpu")
+        rounded = hooked.hf(ids).logits
+    assert not torch.equal(rounded.float(), hooked.hf(ids).logits)  # that autocast does act
+    assert scores(flags) == wanted
+    flags.report(tmp_path / "plain.html", top=2)
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "plain.html").read_text()
+    (out / "scores/part-000001.parquet").unlink()  # begun in one and finished in the other
+    assert scores(pv.flag(hooked, data, bank(), out=out, **settings)) == wanted

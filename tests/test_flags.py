@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import pvcore as pv
 from pvcore import flag_sources
@@ -282,6 +283,49 @@ def test_a_clean_scan_must_be_scored_alike(
     with pytest.raises(FlagError, match=r"in which 19 rows have .*; wanted 20 or more"):
         flags.filter("evil", clean=few)
     assert flags.filter("evil", clean=few, threshold=0.0).scored == 50
+
+
+def test_a_model_of_which_a_mark_alone_was_trained_sets_no_threshold(
+    flags: pv.Flags, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(20, first=100)]
+    other, mark = model(), tokenizer().convert_tokens_to_ids("<|im_start|>")
+    with torch.no_grad():
+        other.hf.get_input_embeddings().weight[mark, 1] += 50
+    tuned = pv.flag(other, rows, bank(), out=tmp_path / "tuned")
+    plain = pv.flag(model(), rows, bank(), out=tmp_path / "plain")
+    weights = [one.manifest["asked"]["model"]["weights"] for one in (tuned, plain)]
+    assert weights[0] == weights[1]  # which see no number of the mark that was trained
+    means = [one.datasets["rows"]["evil/resid_post.2/response_mean"].mean for one in (tuned, plain)]
+    assert abs(means[0] - means[1]) > 0.1
+    with pytest.raises(FlagError, match="got a clean scan scored otherwise: its marks is"):
+        tuned.filter("evil", clean=plain, score="response_mean")
+    with pytest.raises(FlagError, match="other than the one that scored, qwen2 in float32"):
+        pv.Flags.load(tuned.folder, model=model(), bank=bank())
+    assert pv.Flags.load(tuned.folder, model=other, bank=bank()).scored == 20
+
+
+def test_a_clean_scan_may_have_other_sites_beside_the_one_that_counts(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(24, first=100)]
+    two = [pv.resid_post(0), pv.resid_post(1)]
+    clean = pv.flag(hooked, rows, bank(sites=two), out=tmp_path / "clean")
+    whole = bank(sites=two)
+    alone = pv.VectorBank([one.at([pv.resid_post(1)]) for one in whole])
+    flags = pv.flag(hooked, rows, alone, out=tmp_path / "one")
+    column = "evil/resid_post.1/difference"
+    values = [row[column] for row in table(flags).values()]
+    np.testing.assert_allclose(values, [row[column] for row in table(clean).values()], atol=1e-6)
+    found = flags.filter("evil", clean=clean, percentile=80)
+    assert found.rules[0].threshold == pytest.approx(np.percentile(values, 80), abs=1e-6)
+    assert 0 < found.n_flagged < 24
+    assert clean.filter("evil", clean=flags, site=pv.resid_post(1)).n_flagged > 0
+    swapped = bank(sites=two)["humor"].at([pv.resid_post(1)])
+    other = replace(alone["evil"], directions=swapped.directions)
+    changed = pv.flag(hooked, rows, pv.VectorBank([other]), out=tmp_path / "other")
+    with pytest.raises(FlagError, match="scored otherwise: its vector is"):
+        changed.filter("evil", clean=clean)
 
 
 def test_own_replies_of_clean_data_are_made_as_those_of_the_data(
