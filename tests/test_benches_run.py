@@ -97,6 +97,6 @@ def test_every_command_with_figures_compares_them() -> None:
     claims = {"extraction", "flags", "million", "kills"}
     assert {name for name, found in options.items() if "base" not in found} == claims
     assert {name for name, found in options.items() if "model" in found} == {
-        *("overhead", "compiled", "grid", "scaling", "peers", "kernels"),
+        *("overhead", "breakdown", "compiled", "grid", "scaling", "peers", "kernels"),
     }
     assert scaling.Settings().model is None

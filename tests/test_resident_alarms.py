@@ -330,6 +330,8 @@ class Ledger:
 @pytest.fixture
 def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     monkeypatch.setattr(resident, "RING_STEPS", 8)
+    # A subject that others used has rings of another length.
+    monkeypatch.setitem(globals(), "subject", fresh)
     return Ledger(monkeypatch)
 
 

@@ -355,7 +355,8 @@ class Census:
 
 def live() -> tuple[int, int]:
     """How many tensors live, and the bytes of their storages."""
-    tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+    found = [one for one in gc.get_objects() if type(one) is Tensor]
+    tensors = [one for one in found if one.layout == torch.strided]  # others have no storage
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     return len(tensors), sum(storages.values())
 
