@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvcore_kernels import routes
 from pvcore_kernels.gradients import sum_by_request
 from pvcore_kernels.reference import accumulator, precise
 
@@ -41,7 +42,7 @@ def intervene(ctx: Context, g: Tensor, gs: Tensor) -> tuple[Tensor | None, ...]:
 
 def _intervene(ctx: Context, g: Tensor, gs: Tensor) -> tuple[Tensor | None, ...]:
     h, v, low, high, row, inverse = ctx.saved_tensors
-    ops, wide = torch.ops.pvcore, accumulator(h.dtype)
+    ops, wide = routes.ops(), accumulator(h.dtype)  # those of `ops` may not be registered yet
     active = ((row >= 0) & (row < low.shape[0]))[:, None]
     floor, ceiling = (_of_rows(bounds, row, wide) for bounds in (low, high))
     scores = ops.project(h, v)

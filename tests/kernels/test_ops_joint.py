@@ -54,6 +54,8 @@ def test_a_joint_step_matches_float64(shape, dtype, device):
     assert same_bits(moved[row < 0], h[row < 0])
     assert (wanted - h.cpu().double()).norm() > 2 * (moved.cpu().double() - wanted).norm()
     target, again = aligned(h.clone()), torch.full_like(scores, torch.nan)
+    # A product may round by how its rows lie.
+    moved, scores = ops.intervene(aligned(h.clone()), v, low, high, row, inverse)
     ops.intervene_(target, v, low, high, row, inverse, again)
     assert same_bits(target, moved)
     assert same_bits(again, scores)
