@@ -22,7 +22,7 @@ class MonitoredReply:
     """A projection at the last prompt token, the score of the reply, and its prompt's level.
 
     `prompt` is anything that tells the prompts of a level apart. Replies without one are taken to
-    share a prompt where their projections are equal, as those to one prompt are but for rounding.
+    share a prompt where their projections are equal but for rounding, as those to one prompt are.
     """
 
     projection: Number
@@ -63,26 +63,30 @@ def correlations(
     resamples: int = 2000,
     seed: int = 0,
     least_spread: float = 0.0,
+    rounding: float = 1e-4,
 ) -> Correlations:
     """How well projections foretell scores; replies with a NaN are left out.
 
     The difference between levels makes `overall` high even where single replies are not foretold:
     `within` pools the replies after subtracting the means of their level. Replies to one prompt are
     not independent, so intervals are about other prompts at these levels: Fisher's counts prompts
-    for replies, which errs towards wide ones, and the bootstrap draws each level's prompts anew,
-    `resamples` times, with all their replies (no interval where a level has one prompt only).
+    for replies, fewer where some have more replies and so more say in r, which errs towards wide
+    ones; the bootstrap draws each level's prompts anew, `resamples` times, with all their replies
+    (no interval where a level has one prompt only).
     Levels whose scores have a standard deviation below `least_spread` count as saying nothing, in
-    all figures (the paper, appendix C.2, leaves out those below 1).
+    all figures (the paper, appendix C.2, leaves out those below 1). Replies without a `prompt` share
+    one where their projections differ by no more than `rounding` times the largest of their level:
+    give about 1e-2 for a model in half precision, or tell the prompts.
     """
-    if interval not in ("fisher", "bootstrap"):
-        raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
+    _check(interval, rounding)
     levels = _levels(replies, least_spread)
-    clusters = [_by_prompt(rows) for rows in levels.values()]
+    clusters = [_by_prompt(rows, rounding) for rows in levels.values()]
     parts = [_numbers(rows) for rows in levels.values()]
-    overall, within, prompts = _overall(parts), _within(parts), sum(map(len, clusters))
+    overall, within = _overall(parts), _within(parts)
     if interval == "fisher":
-        free = prompts - len(parts) + 1
-        ends = fisher(overall, prompts, confidence), fisher(within, free, confidence)
+        points = _effective(clusters)
+        inside = fisher(within, points - len(parts) + 1, confidence)
+        ends = fisher(overall, points, confidence), inside
     else:
         ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(
@@ -92,8 +96,15 @@ def correlations(
         within_interval=ends[1],
         by_level={level: _pearson(*part) for level, part in zip(levels, parts, strict=True)},
         count=sum(map(len, levels.values())),
-        prompts=prompts,
+        prompts=sum(map(len, clusters)),
     )
+
+
+def _check(interval: str, rounding: float) -> None:
+    if interval not in ("fisher", "bootstrap"):
+        raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
+    if not 0 <= rounding < 1:
+        raise StatisticsError(f"got a rounding of {rounding}; wanted a share such as 1e-4")
 
 
 def _levels(
@@ -120,13 +131,35 @@ def _numbers(rows: Sequence[MonitoredReply]) -> tuple[Numbers, Numbers]:
     )
 
 
-def _by_prompt(rows: Sequence[MonitoredReply]) -> list[tuple[Numbers, Numbers]]:
+def _by_prompt(rows: Sequence[MonitoredReply], rounding: float) -> list[tuple[Numbers, Numbers]]:
     """Projections and scores of the replies to each prompt of a level."""
+    alike = _alike([float(reply.projection) for reply in rows if reply.prompt is None], rounding)
     shared: dict[Hashable, list[MonitoredReply]] = {}
     for reply in rows:
         told = reply.prompt is not None
-        shared.setdefault((told, reply.prompt if told else reply.projection), []).append(reply)
+        prompt = reply.prompt if told else alike[float(reply.projection)]
+        shared.setdefault((told, prompt), []).append(reply)
     return [_numbers(replies) for replies in shared.values()]
+
+
+def _alike(values: Sequence[float], rounding: float) -> dict[float, float]:
+    """Each value with the lowest of those it is taken for equal to.
+
+    All are measured against the lowest: neighbours of neighbours would join many into one.
+    """
+    reach = rounding * max(map(abs, values), default=0.0)
+    lowest, alike = -np.inf, {}
+    for value in sorted(values):
+        lowest = value if value - lowest > reach else lowest
+        alike[value] = lowest
+    return alike
+
+
+def _effective(levels: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> float:
+    """How many prompts of equally many replies would leave r as uncertain as these (Kish)."""
+    replies = [len(x) for prompts in levels for x, _ in prompts]
+    squares = sum(count * count for count in replies)
+    return sum(replies) ** 2 / squares if squares else 0.0
 
 
 def _overall(parts: Sequence[tuple[Numbers, Numbers]]) -> float:
