@@ -96,6 +96,30 @@ def test_a_folder_by_whatever_name_is_a_model_or_a_course(
     assert page.read_text().count("training step</text>") == 2
 
 
+def test_a_model_saved_beside_its_checkpoints_is_measured_too(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "shift.html"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
+    saved = pv.HookedModel.from_pretrained(files["run"] / "checkpoint-10", dtype="auto").hf
+    with torch.no_grad():
+        saved.model.embed_tokens.weight.mul_(1.5)
+    saved.save_pretrained(files["run"])
+    status, out, _ = run("world", files["run"], *given)
+    rows = json.loads(out)["shifts"]
+    assert status == 0
+    names = [row.pop("checkpoint") for row in rows]
+    assert names == ["checkpoint-5", "checkpoint-10", str(files["run"])]
+    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    base, tuned = world_model(), pv.HookedModel(saved)
+    assert rows[2] == pv.finetuning_shift(base, tuned, bank, chats).named()
+    assert all(abs(rows[2][name] - rows[1][name]) > 1e-3 for name in rows[1])
+    drawn = page.read_text()
+    assert drawn.count("training step</text>") == 2
+    assert str(files["run"]) in drawn
+
+
 def test_one_model_under_a_system_prompt_as_text(run: Any, files: dict[str, Path]) -> None:
     tuned = files["run"] / "checkpoint-5"
     given = ("--prompts", files["questions"], "--vector", files["evil"], "--layers", "2")
