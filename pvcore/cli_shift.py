@@ -102,7 +102,7 @@ def _shifts(
     course = checkpoints(tuned)
     found: dict[int | str, FinetuningShift] = {}
     if course:
-        found.update(shift_trajectory(before, tuned, bank, chats, **settings))
+        found |= dict(shift_trajectory(before, tuned, bank, chats, **settings).items())
     if not course or holds_model(tuned):
         # What a trainer saved at the end may be another model than its last checkpoint.
         found[tuned] = finetuning_shift(before, tuned, bank, chats, **settings)

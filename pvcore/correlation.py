@@ -73,10 +73,9 @@ def correlations(
     for replies, fewer where some have more replies and so more say in r, which errs towards wide
     ones; the bootstrap draws each level's prompts anew, `resamples` times, with all their replies
     (no interval where a level has one prompt only).
-    Levels whose scores have a standard deviation below `least_spread` count as saying nothing, in
-    all figures (the paper, appendix C.2, leaves out those below 1). Replies without a `prompt` share
-    one where their projections differ by no more than `rounding` times the largest of their level:
-    give about 1e-2 for a model in half precision, or tell the prompts.
+    Levels whose scores have a standard deviation below `least_spread` say nothing, in all figures
+    (the paper, appendix C.2: below 1). Replies without a `prompt` share one where projections
+    differ by at most `rounding` times the largest (half precision: 1e-2).
     """
     _check(interval, rounding)
     levels = _levels(replies, least_spread)
@@ -84,9 +83,7 @@ def correlations(
     parts = [_numbers(rows) for rows in levels.values()]
     overall, within = _overall(parts), _within(parts)
     if interval == "fisher":
-        points = _effective(clusters)
-        inside = fisher(within, points - len(parts) + 1, confidence)
-        ends = fisher(overall, points, confidence), inside
+        ends = _fisher((overall, within), clusters, confidence)
     else:
         ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(
@@ -153,6 +150,16 @@ def _alike(values: Sequence[float], rounding: float) -> dict[float, float]:
         lowest = value if value - lowest > reach else lowest
         alike[value] = lowest
     return alike
+
+
+def _fisher(
+    both: tuple[float, float],
+    levels: Sequence[Sequence[tuple[Numbers, Numbers]]],
+    confidence: float,
+) -> tuple[Interval, Interval]:
+    """Intervals of r over all replies and within levels, whose means cost a point each."""
+    points, apart = _effective(levels), len(levels) - 1
+    return fisher(both[0], points, confidence), fisher(both[1], points - apart, confidence)
 
 
 def _effective(levels: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> float:
