@@ -119,11 +119,14 @@ def _rules(alarm: Sequence[str], on_alarm: str) -> dict[str, Any]:
         trait, _, numbers = text.rpartition("=")
         high, _, low = numbers.partition(":")
         try:
-            levels[trait] = Threshold(float(high), float(low) if low else None)
+            level = Threshold(float(high), float(low) if low else None)
         except ValueError:
             trait = ""
         if not trait:
             raise PlanError(f"got --alarm {text!r}; wanted trait=HIGH or trait=HIGH:LOW")
+        if trait in levels:
+            raise PlanError(f"got --alarm for {trait!r} twice; wanted one level for each trait")
+        levels[trait] = level
     return {"alarms": levels or None, "on_alarm": None if on_alarm == "tell" else "stop"}
 
 
