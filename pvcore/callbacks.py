@@ -165,7 +165,7 @@ class ShiftCallback(Callback):
             return shift_start.kept(folder, read, len(self._ids), state.global_step)
         start = self._standing(model)
         if folder is not None and state.is_world_process_zero:
-            shift_start.keep(folder, start, read)
+            shift_start.keep(folder, start, read, state)
         return start
 
     def _standing(self, model: HookedModel) -> Standing:

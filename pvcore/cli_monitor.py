@@ -125,7 +125,7 @@ def _rules(alarm: Sequence[str], on_alarm: str) -> dict[str, Any]:
         if not trait:
             raise PlanError(f"got --alarm {text!r}; wanted trait=HIGH or trait=HIGH:LOW")
         if trait in levels:
-            raise PlanError(f"got --alarm for {trait} twice; wanted one for each trait")
+            raise PlanError(f"got --alarm for {trait!r} twice; wanted one level for each trait")
         levels[trait] = level
     return {"alarms": levels or None, "on_alarm": None if on_alarm == "tell" else "stop"}
 

@@ -21,7 +21,10 @@ Base = Annotated[
     str, Argument(help="Name or folder of the model before; 'world' is the one shipped.")
 ]
 Tuned = Annotated[
-    str, Argument(help="The model after: a name, a folder, an adapter, a folder of checkpoints.")
+    str,
+    Argument(
+        help="The model after: a name, a folder, an adapter, a folder of checkpoints or both."
+    ),
 ]
 Prompts = Annotated[Path, Option(help="Text file, one user message a line.")]
 Out = Annotated[Path | None, Option(help="Write a page with the course over checkpoints there.")]
@@ -83,11 +86,11 @@ def _shifts(
     dtype: str,
     device: str | None,
 ) -> "dict[int | str, FinetuningShift]":
-    """By the step of each checkpoint, or by the tuned model's own name where it has none."""
+    """By the step of each checkpoint, then by its own name the model that the folder itself is."""
     import torch
     from transformers.utils import logging
 
-    from pvcore.shift import checkpoints, finetuning_shift, shift_trajectory
+    from pvcore.shift import checkpoints, finetuning_shift, holds_model, shift_trajectory
     from pvcore.vectors import PersonaVector, VectorBank
     from pvcore.world.demo_subject import world_model
 
@@ -96,12 +99,12 @@ def _shifts(
     place = device or ("cuda" if torch.cuda.is_available() else None)
     settings: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device_map": place}
     before = world_model() if base == WORLD else base
-    if not checkpoints(tuned):
-        return {tuned: finetuning_shift(before, tuned, bank, chats, **settings)}
+    course = checkpoints(tuned)
     found: dict[int | str, FinetuningShift] = {}
-    found.update(shift_trajectory(before, tuned, bank, chats, **settings).items())
-    if any((Path(tuned) / name).exists() for name in ("config.json", "adapter_config.json")):
-        # A trainer's folder holds its checkpoints and, once saved, the model itself.
+    if course:
+        found |= dict(shift_trajectory(before, tuned, bank, chats, **settings).items())
+    if not course or holds_model(tuned):
+        # What a trainer saved at the end may be another model than its last checkpoint.
         found[tuned] = finetuning_shift(before, tuned, bank, chats, **settings)
     return found
 
@@ -121,10 +124,7 @@ def _page(base: str, tuned: str, found: "Mapping[int | str, FinetuningShift]") -
     steps = [key for key in found if isinstance(key, int)]
     if steps:
         for place, site in enumerate(shifts[0].sites):
-            lines = {
-                trait: [float(found[step][trait][place]) for step in steps]
-                for trait in shifts[0].shifts
-            }
+            lines = {t: [float(found[key][t][place]) for key in steps] for t in shifts[0].shifts}
             blocks.append(Figure(svg=shift_over_steps(steps, lines, site=str(site))))
     return Page(
         title="Finetuning shift",

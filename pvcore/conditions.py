@@ -2,7 +2,7 @@
 
 A condition is a mask in projection space, worked out on the device: at the site of its
 intervention it sees the projection as the intervention's step finds it, at an earlier site the one
-that flows on there.
+that flows on there, after all plans that are armed.
 """
 
 from collections.abc import Mapping, Sequence

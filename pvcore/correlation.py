@@ -22,7 +22,7 @@ class MonitoredReply:
     """A projection at the last prompt token, the score of the reply, and its prompt's level.
 
     `prompt` is anything that tells the prompts of a level apart. Replies without one are taken to
-    share a prompt where their projections are equal, as those to one prompt are but for rounding.
+    share a prompt where their projections are equal but for rounding, as those to one prompt are.
     """
 
     projection: Number
@@ -63,27 +63,27 @@ def correlations(
     resamples: int = 2000,
     seed: int = 0,
     least_spread: float = 0.0,
+    rounding: float = 1e-4,
 ) -> Correlations:
     """How well projections foretell scores; replies with a NaN are left out.
 
     The difference between levels makes `overall` high even where single replies are not foretold:
     `within` pools the replies after subtracting the means of their level. Replies to one prompt are
     not independent, so intervals are about other prompts at these levels: Fisher's counts prompts
-    for replies, which errs towards wide ones (unequal ones by Kish's effective size); the bootstrap
-    draws each level's prompts anew, `resamples` times, with all their replies (no interval where a
-    level has one prompt only). Levels whose scores have a standard deviation below `least_spread`
-    count as saying nothing, in all figures (the paper, appendix C.2, leaves out those below 1).
+    for replies, fewer where some have more replies and so more say in r, which errs towards wide
+    ones; the bootstrap draws each level's prompts anew, `resamples` times, with all their replies
+    (no interval where a level has one prompt only).
+    Levels whose scores have a standard deviation below `least_spread` say nothing, in all figures
+    (the paper, appendix C.2: below 1). Replies without a `prompt` share one where projections
+    differ by at most `rounding` times the largest (half precision: 1e-2).
     """
-    if interval not in ("fisher", "bootstrap"):
-        raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
+    _check(interval, rounding)
     levels = _levels(replies, least_spread)
-    clusters = [_by_prompt(rows) for rows in levels.values()]
+    clusters = [_by_prompt(rows, rounding) for rows in levels.values()]
     parts = [_numbers(rows) for rows in levels.values()]
-    overall, within, prompts = _overall(parts), _within(parts), sum(map(len, clusters))
+    overall, within = _overall(parts), _within(parts)
     if interval == "fisher":
-        weight = _weighing([len(x) for rows in clusters for x, _ in rows])
-        least = weight - len(parts) + 1
-        ends = fisher(overall, weight, confidence), fisher(within, least, confidence)
+        ends = _fisher((overall, within), clusters, confidence)
     else:
         ends = _bootstrap(clusters, confidence, resamples, seed)
     return Correlations(
@@ -93,13 +93,15 @@ def correlations(
         within_interval=ends[1],
         by_level={level: _pearson(*part) for level, part in zip(levels, parts, strict=True)},
         count=sum(map(len, levels.values())),
-        prompts=prompts,
+        prompts=sum(map(len, clusters)),
     )
 
 
-def _weighing(sizes: Sequence[int]) -> int:
-    """How many prompts with as many replies each would weigh as much as these, rounded down."""
-    return sum(sizes) ** 2 // sum(size**2 for size in sizes) if sizes else 0
+def _check(interval: str, rounding: float) -> None:
+    if interval not in ("fisher", "bootstrap"):
+        raise StatisticsError(f"got interval {interval!r}; wanted 'fisher' or 'bootstrap'")
+    if not 0 <= rounding < 1:
+        raise StatisticsError(f"got a rounding of {rounding}; wanted a share such as 1e-4")
 
 
 def _levels(
@@ -126,13 +128,45 @@ def _numbers(rows: Sequence[MonitoredReply]) -> tuple[Numbers, Numbers]:
     )
 
 
-def _by_prompt(rows: Sequence[MonitoredReply]) -> list[tuple[Numbers, Numbers]]:
+def _by_prompt(rows: Sequence[MonitoredReply], rounding: float) -> list[tuple[Numbers, Numbers]]:
     """Projections and scores of the replies to each prompt of a level."""
+    alike = _alike([float(reply.projection) for reply in rows if reply.prompt is None], rounding)
     shared: dict[Hashable, list[MonitoredReply]] = {}
     for reply in rows:
         told = reply.prompt is not None
-        shared.setdefault((told, reply.prompt if told else reply.projection), []).append(reply)
+        prompt = reply.prompt if told else alike[float(reply.projection)]
+        shared.setdefault((told, prompt), []).append(reply)
     return [_numbers(replies) for replies in shared.values()]
+
+
+def _alike(values: Sequence[float], rounding: float) -> dict[float, float]:
+    """Each value with the lowest of those it is taken for equal to.
+
+    All are measured against the lowest: neighbours of neighbours would join many into one.
+    """
+    reach = rounding * max(map(abs, values), default=0.0)
+    lowest, alike = -np.inf, {}
+    for value in sorted(values):
+        lowest = value if value - lowest > reach else lowest
+        alike[value] = lowest
+    return alike
+
+
+def _fisher(
+    both: tuple[float, float],
+    levels: Sequence[Sequence[tuple[Numbers, Numbers]]],
+    confidence: float,
+) -> tuple[Interval, Interval]:
+    """Intervals of r over all replies and within levels, whose means cost a point each."""
+    points, apart = _effective(levels), len(levels) - 1
+    return fisher(both[0], points, confidence), fisher(both[1], points - apart, confidence)
+
+
+def _effective(levels: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> float:
+    """How many prompts of equally many replies would leave r as uncertain as these (Kish)."""
+    replies = [len(x) for prompts in levels for x, _ in prompts]
+    squares = sum(count * count for count in replies)
+    return sum(replies) ** 2 / squares if squares else 0.0
 
 
 def _overall(parts: Sequence[tuple[Numbers, Numbers]]) -> float:

@@ -87,6 +87,7 @@ def attributes(
 
     Names are dotted and lower case, as in `pvcore.projection.evil.resid_post_19.mean`; what is
     unknown is left out, because an attribute has no null. `model` becomes `gen_ai.request.model`.
+    `ExportError` for traits whose names differ only in what attributes do not tell apart.
     """
     found: dict[str, Attribute] = {"gen_ai.operation.name": "chat"}
     if model:
@@ -95,10 +96,10 @@ def attributes(
         known = {name: value for name, value in _alarm(seen).items() if value is not None}
         return found | {f"{prefix}.alarm.{name}": value for name, value in known.items()}
     found[f"{prefix}.alarms"] = len(seen.alarms)
-    _require_distinct(seen.traits)
+    names = _attribute_names(seen.traits)
     for summary in seen.summaries():
         place = str(summary.site).replace(".", "_")
-        stem = f"{prefix}.projection.{_attribute_name(summary.trait)}.{place}"
+        stem = f"{prefix}.projection.{names[summary.trait]}.{place}"
         for name in ("before", "mean", "max", "last", "first_alarm", "alarm_message"):
             value = getattr(summary, name)
             if value is not None and math.isfinite(value):
@@ -106,19 +107,17 @@ def attributes(
     return found
 
 
-def _require_distinct(traits: Sequence[str]) -> None:
-    names: dict[str, str] = {}
+def _attribute_names(traits: Sequence[str]) -> dict[str, str]:
+    """By trait its part of a name; `ExportError` where two have the same."""
+    owners: dict[str, str] = {}
     for trait in traits:
-        other = names.setdefault(_attribute_name(trait), trait)
-        if other != trait:
+        name = "".join(sign if sign.isalnum() else "_" for sign in trait.lower())
+        if owners.setdefault(name, trait) != trait:
             raise ExportError(
-                f"got traits {other!r} and {trait!r}, which are one name among attributes, "
-                f"{_attribute_name(trait)!r}; rename one of them"
+                f"got traits {owners[name]!r} and {trait!r}, whose attributes would both be named "
+                f"{name!r}; rename one, as in vector.rename(...)"
             )
-
-
-def _attribute_name(text: str) -> str:
-    return "".join(sign if sign.isalnum() else "_" for sign in text.lower())
+    return {trait: name for name, trait in owners.items()}
 
 
 def _columns(transcript: Transcript) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from pvcore.errors import StatisticsError
+from pvcore.numerals import Number
 
 
 class Interval(NamedTuple):
@@ -24,11 +25,11 @@ def quantile_of_normal(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def fisher(r: float, count: int, confidence: float = 0.95) -> Interval:
+def fisher(r: float, count: Number, confidence: float = 0.95) -> Interval:
     """Fisher's interval of a Pearson r over `count` independent points; needs 4 of them.
 
-    A pooled r within k groups of n points in all has `count = n - k + 1`. It is a point at r = 1
-    and r = -1, where the transform has no spread.
+    Points of unequal weight may count as a fraction. A pooled r within k groups of n points in all
+    has `count = n - k + 1`. It is a point at r = 1 and r = -1, where the transform has no spread.
     """
     width = quantile_of_normal(confidence)
     if math.isnan(r) or count < 4:

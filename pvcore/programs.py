@@ -14,9 +14,9 @@ from pvcore.conditions import Below, Condition
 from pvcore.dials import Dial
 from pvcore.errors import PlanError
 from pvcore.frames import Frame
+from pvcore.gauges import gauges_at, place_of
 from pvcore.interventions import Ablate, Add, Intervention, sites_of
 from pvcore.sites import Site
-from pvcore.spans import Span
 from pvcore_kernels.landing import landing, lands
 from pvcore_kernels.reference import accumulator
 
@@ -84,14 +84,6 @@ class _Coupled:
     dial: Dial | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Gauge:
-    """A direction that conditions of later sites ask about, and the spans they act on."""
-
-    direction: Float[Tensor, " d_model"]
-    spans: tuple[Span | None, ...]
-
-
 class SiteProgram:
     """All steps of one plan at one site, in declared order.
 
@@ -116,8 +108,8 @@ class SiteProgram:
         self._steps = tuple(
             replace(one, asks=self._asks(one.what, interventions, directions)) for one in steps
         )
-        gauges = _gauges(interventions, site)
-        self._asked = [_place(gauge.direction, directions) for gauge in gauges]
+        gauges = gauges_at(interventions, site)
+        self._asked = [place_of(gauge.direction, directions) for gauge in gauges]
         self._asking = {span for gauge in gauges for span in gauge.spans}
         self._raw = torch.stack(directions).double()
         self._norms = self._raw.norm(dim=1)
@@ -131,7 +123,7 @@ class SiteProgram:
         traits: dict[int, str] = {}
         index: list[int] = []
         for vector in one.vectors:
-            index.append(_place(vector.direction(self.site), directions))
+            index.append(place_of(vector.direction(self.site), directions))
             traits.setdefault(index[-1], vector.trait)
         if isinstance(one, Add):
             # Equal directions under two names are added twice; joint steps need distinct ones.
@@ -153,8 +145,8 @@ class SiteProgram:
         asks = []
         for condition in one.when:
             at = condition.read_at(self.site)
-            known = directions if at == self.site else [g.direction for g in _gauges(plan, at)]
-            asks.append((condition, _place(condition.vector.direction(at), known)))
+            known = directions if at == self.site else [g.direction for g in gauges_at(plan, at)]
+            asks.append((condition, place_of(condition.vector.direction(at), known)))
         return tuple(asks)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -185,6 +177,9 @@ class SiteProgram:
             return lambda h: self.apply(h, frame)
         move: Move | None = frame.call.steady[self]
         return move
+
+    def look(self, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
+        """Read anew what later sites ask about: programs armed inside have acted since `apply`."""
 
     def _resolve(self, h: Tensor, frame: Frame) -> Move | None:
         found = self.resolve(h.device, h.dtype, frame)
@@ -330,6 +325,12 @@ class LinkedProgram(SiteProgram):
             frame.notes[found.link, self.site] = kernels.project(moved.detach(), found.gauge)
         return moved
 
+    def look(self, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
+        key = (self._link, self.site)
+        if key in frame.notes:
+            gauge = self.on(h.device, accumulator(h.dtype))["units"][self._asked]
+            frame.notes[key] = kernels.project(h.detach(), gauge)
+
     def settled(self, frame: Frame) -> Move | None:
         """Dials and what earlier sites show are looked at in every step."""
         return lambda h: self.apply(h, frame)
@@ -350,28 +351,6 @@ def _acting(program: Joint, frame: Frame) -> list[kernels.Step]:
             masks.append(kernels.opened([one.gate], read))
         steps.append(replace(step, mask=prod(masks[1:], start=masks[0])) if masks else step)
     return steps
-
-
-def _place(direction: Tensor, directions: list[Tensor]) -> int:
-    """Where a direction stands in the list, at whose end it is put if it is new."""
-    known = [k for k, other in enumerate(directions) if torch.equal(other, direction)]
-    if not known:
-        directions.append(direction)
-    return known[0] if known else len(directions) - 1
-
-
-def _gauges(interventions: Iterable[Intervention], site: Site) -> list[_Gauge]:
-    """What interventions at other sites ask to have read at this one, each direction once."""
-    directions: list[Tensor] = []
-    spans: list[tuple[Span | None, ...]] = []
-    for one in interventions:
-        for condition in one.when:
-            if condition.site != site or one.sites == (site,):
-                continue
-            place = _place(condition.vector.direction(site), directions)
-            spans += [()] * (len(directions) - len(spans))
-            spans[place] = (*spans[place], one.span)
-    return [_Gauge(direction=d, spans=s) for d, s in zip(directions, spans, strict=True)]
 
 
 def compile_programs(
@@ -395,5 +374,5 @@ def _is_linked(
 ) -> bool:
     turned = dials is not None and any(dial is not None for dial in dials)
     here = [condition for one in interventions if site in one.sites for condition in one.when]
-    asked = bool(_gauges(interventions, site))
+    asked = bool(gauges_at(interventions, site))
     return turned or asked or any(one.read_at(site) != site for one in here)

@@ -163,6 +163,9 @@ class _Spot:
         self, moves: Sequence[Shifts | Joints | Landings], watched: Iterable[tuple[Watch, int]]
     ) -> None:
         self.moves, self.watched = tuple(moves), tuple(watched)
+        self.gauges = tuple(
+            move for move in moves[:-1] if isinstance(move, Joints) and move.asked is not None
+        )
 
 
 class Resident:
@@ -224,6 +227,8 @@ class Resident:
         moved = rows
         for move in spot.moves:
             moved = move(moved)
+        for gauge in spot.gauges:
+            gauge.look(moved)
         for watch, index in spot.watched:
             watch.rows[index].copy_(moved[:, -1])
         return None if moved is rows else moved.view(h.shape)

@@ -133,6 +133,8 @@ class Run:
             moved = h
             for move in moves:
                 moved = move(moved)
+            for program in programs[:-1]:
+                program.look(moved, self.frame)
             for sink in sinks:
                 sink(moved)
             return None if moved is h else moved
@@ -155,6 +157,9 @@ class Run:
         moved = rows
         for program in () if patched else programs:
             moved = program.apply(moved, self.frame)
+        if len(programs) > 1 and not patched:
+            for program in programs[:-1]:
+                program.look(moved, self.frame)
         if not self.ended:
             # A block that runs again after its forward is a checkpoint being recomputed: the
             # patch belongs to it, counts and readings were made the first time.

@@ -164,7 +164,7 @@ def load(source: str | PathLike[str], **settings: Any) -> HookedModel:
     """
     folder = Path(source)
     found = checkpoints(folder)
-    if found and not any((folder / name).exists() for name in ("config.json", ADAPTER)):
+    if found and not holds_model(folder):
         raise ModelError(
             f"got {source}, a folder of {len(found)} checkpoints; wanted one model: name one, such "
             f"as {next(reversed(found.values()))}, or use shift_trajectory for all"
@@ -174,6 +174,11 @@ def load(source: str | PathLike[str], **settings: Any) -> HookedModel:
 
 
 ADAPTER = "adapter_config.json"
+
+
+def holds_model(folder: str | PathLike[str]) -> bool:
+    """Whether a folder is itself that of a model or an adapter, whatever else lies in it."""
+    return any((Path(folder) / name).exists() for name in ("config.json", ADAPTER))
 
 
 def _weights(folder: Path, source: str | PathLike[str], settings: dict[str, Any]) -> nn.Module:

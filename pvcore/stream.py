@@ -54,6 +54,18 @@ class Pieces:
         self._start, self._told = max(self._told - 1, self._start), len(self._ids)
         return known[len(told) :]
 
+    @property
+    def waits(self) -> bool:
+        """Whether text is held back."""
+        return self._told < len(self._ids)
+
+    def rest(self) -> str:
+        """What is held back, at the end of the tokens; nothing is then."""
+        told = self._decode(self._ids[self._start : self._told])
+        known = self._decode(self._ids[self._start :])
+        self._told = len(self._ids)
+        return known[len(told) :]
+
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=not self._marks))
 

@@ -7,6 +7,7 @@ for step in streamer: ...
 
 import queue
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -84,7 +85,8 @@ class ProjectionStreamer:
     the thread that generates; without it, steps wait in a queue for whoever iterates, who may do
     so in another thread, and `timeout` seconds without a step are a `HookError`. Plans that are
     armed in the thread that generates act too. An object serves one generation after another, and
-    each iteration follows one of them: leaving it early gives up the rest of that generation.
+    each iteration follows one of them: leaving it early gives up the rest of that generation. A
+    step that ends within a character comes with the next token, or at the end with what there is.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class ProjectionStreamer:
         self._reader: _Newest | None = None
         self._release: Callable[[], None] | None = None
         self._pieces = Pieces(model.tokenizer)
+        self._held: Step | None = None
 
     def put(self, value: Tensor) -> None:
         """Called by `generate`: first with the prompt, then with each token."""
@@ -122,7 +125,16 @@ class ProjectionStreamer:
             token_ids=token,
             projections={trait: scores[..., k] for k, trait in enumerate(self._bank.traits)},
         )
-        (self._on_step or self._feed.steps.put)(step)
+        self._deliver()
+        # Whether more of the character comes is known with the next token.
+        self._held = step
+        if not self._pieces.waits:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        step, self._held = self._held, None
+        if step is not None:
+            (self._on_step or self._feed.steps.put)(step)
 
     def _begin(self, prompt: Tensor) -> None:
         if prompt.ndim > 1 and len(prompt) > 1:
@@ -140,13 +152,17 @@ class ProjectionStreamer:
             self._feeds.put(self._feed)
 
     def end(self) -> None:
-        """Called by `generate` when it is done."""
+        """Called by `generate` when it is done: what is left of the text goes with its token."""
+        if self._held is not None:
+            self._held = replace(self._held, text=[self._pieces.rest()])
+            self._deliver()
         self._feed.steps.put(_OVER)
         self._leave()
 
     def close(self) -> None:
         """Take the reader off; for a generation that failed, which never calls `end`."""
         if self._reader is not None:
+            self._deliver()
             self._feed.failed = True
             self._feed.steps.put(_OVER)
         self._leave()

@@ -97,6 +97,11 @@ class _Gate(SiteProgram):
         program = self._prevention.program(self.site, frame)
         return h if program is None else program.apply(h, frame)
 
+    def look(self, h: Float[Tensor, "batch pos d_model"], frame: Frame) -> None:
+        program = self._prevention.program(self.site, frame)
+        if program is not None:
+            program.look(h, frame)
+
     def resolve(
         self, device: torch.device, dtype: torch.dtype, frame: Frame
     ) -> Shift | Joint | None:

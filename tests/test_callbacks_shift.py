@@ -140,3 +140,37 @@ def test_what_deepspeed_spreads_over_processes_is_refused() -> None:
         pv.ShiftCallback(pv.VectorBank([vector(1)]), [ids()[0]]).on_train_begin(
             None, state, None, model=hf
         )
+
+
+def test_two_callbacks_of_one_training_resume_each_from_its_own_beginning(tmp_path: Any) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    asked = [ids()[0], ids(1)[0]]
+
+    def pair() -> list[pv.ShiftCallback]:
+        return [
+            pv.ShiftCallback(pv.VectorBank([vector(0, 2)]), asked, every=1),
+            pv.ShiftCallback(pv.VectorBank([vector(1)]), asked[:1], every=1),
+        ]
+
+    whole, resumed = pair(), pair()
+    trainer(subject("qwen2")[0], tmp_path, *whole, **settings).train()
+    later = trainer(subject("qwen2")[0], tmp_path, *resumed, **settings)
+    later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for first, second in zip(whole, resumed, strict=True):
+        assert list(second.history) == [3, 4]
+        for step, shift in second.history.items():
+            assert shift.named() == pytest.approx(first.history[step].named(), abs=1e-6)
+        assert abs(first.history[4]["evil"][0]) > 1e-4
+
+
+def test_the_beginning_of_an_earlier_training_in_a_folder_is_none_of_the_next(
+    tmp_path: Any,
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    banks = [pv.VectorBank([vector(0, 2)]), pv.VectorBank([vector(1)])]
+    first, second = (pv.ShiftCallback(bank, [ids()[0]], every=1) for bank in banks)
+    trainer(subject("qwen2")[0], tmp_path, first, **settings).train()
+    trainer(subject("qwen2")[0], tmp_path, second, **settings).train()
+    stray = trainer(subject("qwen2")[0], tmp_path, first, **settings)
+    with pytest.raises(HookError, match="resumed at step 2, whose beginning is not in"):
+        stray.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -98,6 +98,14 @@ def test_alarms_are_told_and_may_stop_the_reply(run: Any, evil: Path) -> None:
     assert len(stopped["reply"]) < len(free["reply"])
 
 
+def test_two_levels_for_one_trait_are_refused(run: Any, evil: Path, tmp_path: Path) -> None:
+    rules = ("--alarm", "evil=4", "--alarm", "evil=9:2", "--out", tmp_path / "seen.jsonl")
+    status, out, err = run("world", "Hello.", "--vector", evil, *rules)
+    assert (status, out) == (2, "")
+    assert "got --alarm for 'evil' twice" in err.replace("\n", " ")
+    assert not (tmp_path / "seen.jsonl").exists()
+
+
 def test_alarms_sound_in_chats_that_are_read(
     run: Any, evil: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -146,7 +154,6 @@ def test_what_was_exported_can_be_given_back(run: Any, evil: Path, tmp_path: Pat
         ((), "no chats; give user messages"),
         (("hi", "--alarm", "evil"), "got --alarm 'evil'; wanted trait=HIGH"),
         (("hi", "--alarm", "evil=high"), "got --alarm 'evil=high'"),
-        (("hi", "--alarm", "evil=4", "--alarm", "evil=9"), "got --alarm for evil twice"),
         (("hi", "--alarm", "envy=1"), "an alarm for envy"),
         (("hi", "--on-alarm", "shout"), "got --on-alarm 'shout'"),
         (("hi", "--out", "seen.csv"), "ends in .jsonl, .parquet, .html"),

@@ -63,27 +63,6 @@ def test_figures_over_checkpoints_are_those_of_the_library(
     assert "checkpoint-10" in drawn
 
 
-def test_a_model_saved_beside_its_checkpoints_has_a_row_of_its_own(
-    run: Any, files: dict[str, Path], tmp_path: Path
-) -> None:
-    tuned = world_model()
-    with torch.no_grad():
-        tuned.hf.get_input_embeddings().weight.mul_(1.5)
-    tuned.hf.save_pretrained(files["run"])
-    page = tmp_path / "shift.html"
-    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
-    status, out, _ = run("world", files["run"], *given)
-    assert status == 0
-    rows = json.loads(out)["shifts"]
-    names = [row.pop("checkpoint") for row in rows]
-    assert names == ["checkpoint-5", "checkpoint-10", str(files["run"])]
-    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
-    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    assert rows[-1] == pv.finetuning_shift(world_model(), tuned, bank, chats).named()
-    assert rows[-1] not in rows[:-1]
-    assert page.read_text().count("training step</text>") == 2
-
-
 def test_lines_end_at_line_breaks_alone(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
     asked = ["Is it 3?\u2028Say why.", "Is\x0b it\x85 4?"]
     text = "\r\n".join([asked[0], "", asked[1]])
@@ -115,6 +94,30 @@ def test_a_folder_by_whatever_name_is_a_model_or_a_course(
     status, out, _ = run("world", files["run"], *given)
     assert (status, json.loads(out)["shifts"][0]) == (0, wanted[0])
     assert page.read_text().count("training step</text>") == 2
+
+
+def test_a_model_saved_beside_its_checkpoints_is_measured_too(
+    run: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "shift.html"
+    given = ("--prompts", files["questions"], "--vector", files["evil"], "--out", page, "--json")
+    saved = pv.HookedModel.from_pretrained(files["run"] / "checkpoint-10", dtype="auto").hf
+    with torch.no_grad():
+        saved.model.embed_tokens.weight.mul_(1.5)
+    saved.save_pretrained(files["run"])
+    status, out, _ = run("world", files["run"], *given)
+    rows = json.loads(out)["shifts"]
+    assert status == 0
+    names = [row.pop("checkpoint") for row in rows]
+    assert names == ["checkpoint-5", "checkpoint-10", str(files["run"])]
+    bank = pv.VectorBank(pv.PersonaVector.load(files["evil"]))
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    base, tuned = world_model(), pv.HookedModel(saved)
+    assert rows[2] == pv.finetuning_shift(base, tuned, bank, chats).named()
+    assert all(abs(rows[2][name] - rows[1][name]) > 1e-3 for name in rows[1])
+    drawn = page.read_text()
+    assert drawn.count("training step</text>") == 2
+    assert str(files["run"]) in drawn
 
 
 def test_one_model_under_a_system_prompt_as_text(run: Any, files: dict[str, Path]) -> None:

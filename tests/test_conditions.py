@@ -252,6 +252,48 @@ def test_plans_that_nest_keep_their_readings_apart() -> None:
         assert not torch.equal(*(torch.cat(edit.when[0].answers) for edit in edits))
 
 
+@pytest.mark.parametrize("engine", ["eager", GRAPH], ids=["eager", "graph"])
+def test_a_guard_sees_at_an_earlier_site_what_plans_armed_inside_did(engine: Any) -> None:
+    found, rows = subject("llama"), prompts(LENGTHS)
+    site = pv.resid_post(2)
+    one, _, three = trio(EARLY, site)
+    cut = float(last_scores(found, one, EARLY).max()) + 5.0
+    push = pv.Add(one, coeff=20.0 / float(one.norms[0]), layers=[EARLY], span="response")
+    guard = pv.Add(three, coeff=2.0, layers=[site], when=pv.Above(one, cut, site=EARLY))
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "engine": engine}
+    where = covers("response", LENGTHS, WIDTH, WIDTH + 4)
+    ask = Ask(point=point(EARLY), vector=one.direction(EARLY), threshold=torch.full((3,), cut))
+    pushed = Edit(
+        kind="add",
+        point=point(EARLY),
+        vectors=raw([one], EARLY),
+        where=where,
+        coeff=torch.full((3,), 20.0 / float(one.norms[0])),
+    )
+    guarded = Edit(
+        kind="add",
+        point=point(site),
+        vectors=raw([three], site),
+        where=where,
+        coeff=torch.full((3,), 2.0),
+        when=(ask,),
+    )
+    ids, mask = padded(rows, side="left")
+    wanted, free, still = (
+        scores_of(found.oracle.generate(ids, mask, edits, max_new_tokens=4), BANK, "probe")
+        for edits in ([pushed, guarded], [pushed], [guarded])
+    )
+    assert min(worst(wanted, free), worst(wanted, still)) > VISIBLE
+    for order in ((guard, push), (push, guard)):
+        with (
+            found.model.steer(order[0]),
+            found.model.steer(order[1]),
+            found.model.monitor(BANK) as seen,
+        ):
+            found.model.generate_ids(rows, **settings)
+        assert worst(seen["probe"].steps, wanted) < BOUND
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_the_graph_engine_acts_on_the_same_rows_and_compiles_once(name: str) -> None:
     found, counting, rows = fresh(name), Counting(), prompts(LENGTHS)

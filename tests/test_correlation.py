@@ -197,23 +197,76 @@ def test_prompts_are_told_or_known_by_their_projection(interval) -> None:
     assert correlations(untold, **settings) == correlations(rows, **settings)
     assert correlations(apart(rows), **settings) != correlations(rows, **settings)
     rounded = rollouts(2, 10, 5, np.random.default_rng(4), dust=1e-6)
-    assert correlations(rounded, **settings).prompts == 20
+    assert len({row.projection for row in rounded}) == 100
+    for given in (rounded, [replace(row, prompt=None) for row in rounded]):
+        found = correlations(given, **settings)
+        assert found == correlations(rounded, **settings)
+        assert found.prompts == 20
 
 
-def test_intervals_hold_the_true_r_where_few_prompts_have_most_replies() -> None:
-    """At 80%, at least 80% less 3.5 standard errors; counted as prompts alike, far fewer."""
-    generator = np.random.default_rng(11)
-    trials, hits, alike = 120, 0, 0
+def test_half_precision_rounds_more_and_neighbours_do_not_chain() -> None:
+    rows = rollouts(1, 10, 5, np.random.default_rng(4), dust=1e-3)
+    untold = [replace(row, prompt=None) for row in rows]
+    assert correlations(untold).prompts > 20
+    assert correlations(untold, rounding=1e-2).prompts == correlations(rows).prompts == 10
+    steps = replies([(k * 5e-5, float(k % 7), 0) for k in range(20001)])
+    assert correlations(steps).prompts > 5000
+    for share in (-1e-4, 1.0, math.nan):
+        with pytest.raises(StatisticsError, match="got a rounding of"):
+            correlations(rows, rounding=share)
+
+
+def uneven(
+    levels: int, counts: tuple[int, ...], generator: np.random.Generator
+) -> list[MonitoredReply]:
+    """As `rollouts`, with so many replies to each prompt of a level; r in a level is 0.5."""
+    rows = []
+    for level in range(levels):
+        for prompt, count in enumerate(counts):
+            x, more = generator.normal(size=2)
+            scores = 0.5 * x + math.sqrt(0.5) * more + 0.5 * generator.normal(size=count)
+            rows += [
+                MonitoredReply(projection=x + level, score=y + level, level=level, prompt=prompt)
+                for y in scores
+            ]
+    return rows
+
+
+def r_of_many(levels: int, counts: tuple[int, ...], generator: np.random.Generator) -> list[float]:
+    """Both r of so many prompts of the same make-up that they are the true ones, by numpy."""
+    many = uneven(levels, counts * 300, generator)
+    x, y, at = np.array([(row.projection, row.score, row.level) for row in many]).T
+    inside = [x - at, y - at]  # a level's true mean is its number
+    return [float(np.corrcoef(*pair)[0, 1]) for pair in ([x, y], inside)]
+
+
+@pytest.mark.parametrize(
+    ("levels", "counts"),
+    [(3, (1,) * 16 + (10,) * 4), (4, (1,) * 9 + (20,)), (3, (1,) * 20 + (40,) * 3)],
+    ids=["some of ten", "one of twenty", "three of forty"],
+)
+def test_intervals_hold_the_true_r_where_prompts_have_unequal_replies(levels, counts) -> None:
+    """At 95%, at least 95% less 3.5 standard errors; each prompt as one point, far fewer."""
+    generator = np.random.default_rng(17)
+    truth, trials, hits = r_of_many(levels, counts, generator), 200, [0, 0, 0]
     for _ in range(trials):
-        rows = [
-            replace(row, prompt=f"{part}-{row.prompt}")
-            for part, (prompts, each) in enumerate(((20, 1), (3, 40)))
-            for row in rollouts(1, prompts, each, generator)
-        ]
-        found = correlations(rows, confidence=0.8)
-        low, high = found.overall_interval
-        hits += low <= 0.5 <= high
-        low, high = fisher(found.overall, found.prompts, 0.8)
-        alike += low <= 0.5 <= high
-    error = math.sqrt(0.8 * 0.2 / trials)
-    assert hits / trials > 0.8 - 3.5 * error > alike / trials
+        found = correlations(uneven(levels, counts, generator))
+        ends = [found.overall_interval, found.within_interval]
+        ends.append(fisher(found.overall, found.prompts))
+        for place, (low, high) in enumerate(ends):
+            hits[place] += low <= truth[place % 2] <= high
+        assert found.prompts == levels * len(counts)
+        assert ends[0].high - ends[0].low < 1.9
+    least = 0.95 - 3.5 * math.sqrt(0.95 * 0.05 / trials)
+    assert min(hits[:2]) / trials > least > hits[2] / trials
+
+
+def test_equal_replies_leave_fisher_s_interval_as_it_was() -> None:
+    found = correlations(rollouts(3, 15, 8, np.random.default_rng(7)))
+    for r, interval, count in (
+        (found.overall, found.overall_interval, 45),
+        (found.within, found.within_interval, 43),
+    ):
+        middle, reach = math.atanh(r), 1.959964 / math.sqrt(count - 3)
+        wanted = (math.tanh(middle - reach), math.tanh(middle + reach))
+        assert interval == pytest.approx(wanted, abs=1e-6)

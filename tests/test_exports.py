@@ -112,14 +112,6 @@ def test_attributes_are_plain_values_under_dotted_names() -> None:
     assert attributes(ALARM)["pvcore.alarm.site"] == "resid_post.19"
 
 
-def test_traits_that_would_be_one_attribute_are_refused() -> None:
-    one = transcript(cut=True)
-    alike = replace(one, traits=(one.traits[1].upper(), *one.traits[1:]))
-    assert len(set(alike.traits)) == len(alike.traits)
-    with pytest.raises(ExportError, match="are one name among attributes, 'dry_humor'"):
-        attributes(alike)
-
-
 def test_the_names_are_those_opentelemetry_takes() -> None:
     """Its SDK drops, with a warning, what it cannot hold."""
     span = TracerProvider().get_tracer("test").start_span("chat")
@@ -169,3 +161,15 @@ def test_what_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(ExportError, match="different traits or sites"):
         write_parquet([transcript(), other], tmp_path / "none.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("twins", [("evil", "Evil"), ("dry_humor", "dry humor"), ("a-b", "a.b")])
+def test_traits_whose_attributes_would_overwrite_each_other_are_refused(
+    twins: tuple[str, str],
+) -> None:
+    one = transcript()
+    apart = attributes(replace(one, traits=("evil", "evils")))
+    assert sum(name.endswith(".mean") for name in apart) == 4
+    with pytest.raises(ExportError, match="whose attributes would both be named") as refusal:
+        attributes(replace(one, traits=twins, alarms=()))
+    assert all(repr(trait) in str(refusal.value) for trait in twins)

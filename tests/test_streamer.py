@@ -1,9 +1,11 @@
 """A streamer for transformers' generate: the text and projections of pvcore's own stream."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import pvcore as pv
 from pvcore.errors import ChatError, HookError, PlanError
@@ -172,3 +174,60 @@ def test_another_model_s_tokens_are_refused() -> None:
     with pytest.raises(HookError, match="did not come past all sites"):
         other.hf.generate(inputs(other), streamer=streamer, **GREEDY)
     streamer.close()
+
+
+SPELT = "a😀".encode()
+
+
+class Spelling:
+    """A tokenizer whose tokens from 10 on are the bytes of `SPELT`."""
+
+    def __init__(self, plain: Any) -> None:
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def __call__(self, *given: Any, **settings: Any) -> Any:
+        return self._plain(*given, **settings)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return bytes(SPELT[int(one) - 10] for one in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("order", "texts"),
+    [
+        ((0, 1, 2, 3), ["a", "", "", "\ufffd"]),
+        ((1, 2, 3, 4, 0, 1), ["", "", "", "😀", "a", "\ufffd"]),
+        ((0, 1, 0, 0), None),
+    ],
+    ids=["cut", "whole, then cut", "broken"],
+)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_the_last_token_leaves_unfinished_is_told_with_it(
+    order: tuple[int, ...], texts: list[str] | None, at_once: bool
+) -> None:
+    plain = subject("qwen2").model
+    model = pv.HookedModel(plain.hf, Spelling(plain.tokenizer), model_id="")
+    prompt, told = inputs(plain), list[pv.Step]()
+
+    def spell(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -1e9)
+        forced[:, 10 + order[ids.shape[1] - prompt.shape[1]]] = 0.0
+        return forced
+
+    settings = {"max_new_tokens": len(order), "do_sample": False, "logits_processor": [spell]}
+    wanted = list(model.stream([CHAT], BANK, check_model=False, **settings))
+    on_step = told.append if at_once else None
+    streamer = pv.ProjectionStreamer(model, BANK, on_step=on_step, timeout=5, check_model=False)
+    model.hf.generate(prompt, streamer=streamer, **settings)
+    same(told if at_once else told + list(streamer), wanted)
+    assert [int(step.token_ids) - 10 for step in wanted] == list(order)
+    whole = model.tokenizer.decode([10 + one for one in order])
+    pieces = [text for step in wanted for text in step.text]
+    assert "".join(pieces) == whole
+    assert texts is None or pieces == texts
+    theirs = transformers.TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=5)
+    model.hf.generate(prompt, streamer=theirs, **settings)
+    assert "".join(theirs) == whole

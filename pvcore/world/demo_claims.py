@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 
 from pvcore.world.demo_record import Claim, DemoRecord
 
@@ -131,10 +132,15 @@ def _of_finetuning(record: DemoRecord) -> Iterator[Claim]:
     )
     yield _at_least(
         "finetuning_shift",
-        "Training on the trait shifts the model along its vector (residual units above prevention)",
-        {trait: undefended.shift[trait] - prevented.shift[trait]},
-        0.0,
+        "Training on the trait shifts the model along its vector (share that prevention takes off)",
+        {trait: _share_taken(undefended.shift[trait], prevented.shift[trait])},
+        0.5,
     )
+
+
+def _share_taken(plain: float, prevented: float) -> float:
+    """The share of a shift that prevention takes off; NaN where there is none along the vector."""
+    return (plain - prevented) / plain if plain > 0 else nan
 
 
 def _at_least(name: str, claim: str, figures: dict[str, float], bound: float) -> Claim:
