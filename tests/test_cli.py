@@ -48,7 +48,7 @@ OPTIONS = {
     | {"model", "sources", "--vector", "--out", "--layers", "--difference", "--share", "--replies"}
     | {"--prompt", "--answer", "--turn", "--max-new-tokens", "--shard-rows", "--max-tokens"}
     | {"--seed", "--top", "--report", "--clean", "--threshold", "--json"}
-    | {"--percentile", "--clean-scan", "--site", "--score"},
+    | {"--percentile", "--clean-scan", "--keep-rejected", "--site", "--score"},
     "convert": {"source", "out", "--to", "--format", "--trait", "--model-id", "--variant"}
     | {"--layers", "--n-layers", "--experiment", "--json"},
     "doctor": {"model", "--json"},
