@@ -61,12 +61,16 @@ class QwenShape(Shape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One model, where it is tapped, how many conversations it scores, and what it is held to."""
+    """One model, where it is tapped, how many conversations it scores, and what it is held to.
+
+    `share` of the rounds are enough for it.
+    """
 
     shape: Shape
     sites: tuple[int, ...]
     conversations: int
     against: str
+    share: float = 1.0
 
     def __str__(self) -> str:
         taps = f"block {self.sites[0]}" if len(self.sites) == 1 else f"{len(self.sites)} blocks"
@@ -98,11 +102,16 @@ class Settings:
             sites=(16,),
             conversations=96,
             against=PAPER,
+            share=0.3,
         ),
     )
-    rounds: int = 5
+    rounds: int = 10
     checked: int = 20
     seed: int = 0
+
+    def of(self, case: Case) -> int:
+        """How often a case is timed."""
+        return max(round(self.rounds * case.share), 1)
 
 
 QUICK = Settings(
@@ -276,7 +285,7 @@ def measure(settings: Settings, *, command: str) -> Record:
             "conversations": ", ".join(str(case.conversations) for case in settings.cases),
             "tokens of a batch": CPU_TOKENS,
             "the authors' loop would be slower by FLOPs alone": f"{most(loop):.2f} times",
-            "rounds": settings.rounds,
+            "rounds": ", ".join(str(settings.of(case)) for case in settings.cases),
         },
         checks=checks,
         cells=cells,
@@ -298,7 +307,7 @@ def timed(case: Case, task: Task, settings: Settings) -> dict[str, Cell]:
         task.paper(task.chats)
 
     jobs = {"scan": scan, "other": paper if case.against == PAPER else task.bare()}
-    laps = rounds.interleave(jobs, rounds=settings.rounds, seed=settings.seed, what=str(case))
+    laps = rounds.interleave(jobs, rounds=settings.of(case), seed=settings.seed, what=str(case))
     above, below = ("other", "scan") if case.against == PAPER else ("scan", "other")
     target = None if case.against == PAPER else round(TARGET, 3)
     return {
