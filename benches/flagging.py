@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from benches import paper_loop, record, rounds
 from benches.random_models import Shape, random_qwen2, random_vectors, twin
 from benches.reading import chat_tokenizer
 from benches.record import Cell, Check, Record
-from pvcore import world
+from pvcore import flag_settings, world
+from pvcore.flag_feed import Feed
 from pvcore.flag_rows import Form
 from pvcore.flag_scan import packed
 from pvcore.flag_settings import CPU_TOKENS, reading_of
 from pvcore.flag_sources import resolve
-from pvcore.flag_tokens import Sample
 
 NAME = "flagging"
 ERROR_BOUND = 1e-5
@@ -157,16 +157,20 @@ class Task:
         out = self._folder / f"scan-{next(self._scans)}"
         return pv.flag(self.model, self._data, self.bank, out=out)
 
-    def samples(self) -> list[Sample]:
-        (source,) = resolve(self._data)
-        found, _ = reading_of(self.model, Form()).samples(
-            [(source, raw) for raw in source.rows(frozenset())]
+    def batches(self) -> list[Tensor]:
+        """What the scan's forwards are given."""
+        feed = Feed(
+            sources=resolve(self._data),
+            reading=reading_of(self.model, Form()),
+            shard_rows=flag_settings.Settings().shard_rows,
+            held=lambda shard: None,
         )
-        return [one for one in found if isinstance(one, Sample)]
+        parts = [packed(portion.samples, CPU_TOKENS) for portion in feed.portions()]
+        return [batch.ids for batch in chain.from_iterable(parts)]
 
     def bare(self) -> Callable[[], None]:
         """The forwards of the scan and nothing else: no reads, no pooling, no files."""
-        batches = [batch.ids for batch in packed(self.samples(), CPU_TOKENS)]
+        batches = self.batches()
         layer = max(site.layer for site in self.bank.sites)
 
         def run() -> None:

@@ -14,6 +14,7 @@ from pvcore.blocks import is_sharded
 from pvcore.chats import Batch, Encoded, length_buckets, pad, span_range
 from pvcore.errors import ModelError, SiteError, SpanError
 from pvcore.frames import Call, Frame, Outcome
+from pvcore.heap import keep_freed
 from pvcore.moments import Moments
 from pvcore.sessions import ForwardStopped, Reader, Take
 from pvcore.sites import Site
@@ -126,6 +127,7 @@ class Reading:
             [self._range(index, span) for index in range(len(self.encoded))]
             for span, _ in self.spans
         ]
+        keep_freed()
         group = object()
         for chosen in length_buckets(self.encoded, self.batch_size)[self.first_batch :]:
             batch = pad([self.encoded[i] for i in chosen], side="right", pad_id=self.pad_id)

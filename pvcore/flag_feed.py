@@ -19,8 +19,9 @@ from pvcore.flag_tokens import Reading, Rejected, Sample, said_by
 
 T = TypeVar("T")
 # Bytes of rows that pass together: more gains nothing, and a few portions are held at once. The
-# first are few, each twice the one before, so that scoring begins while most is still to be read.
-FIRST, WINDOW = 1 << 16, 1 << 23
+# first are few, so that scoring begins while most is still to be read, and soon many, because rows
+# that pass together make fuller batches.
+FIRST, GROWTH, WINDOW = 1 << 16, 8, 1 << 23
 # About what an object of Python takes beside its content.
 OBJECT = 64
 # How long a thread that has nowhere to put its work sleeps before it looks whether anybody is left.
@@ -152,7 +153,7 @@ class Feed:
 def _windows(rows: Iterable[Row], size: int, most: int) -> Iterator[tuple[list[Row], bool]]:
     """Rows that hold so many bytes together, or one that holds more; and whether they are the last.
 
-    The size doubles from one to the next, up to `most`. A row is asked for when there is room for
+    The size grows from one to the next, up to `most`. A row is asked for when there is room for
     it, so that never more than one is held besides.
     """
     window: list[Row] = []
@@ -161,7 +162,7 @@ def _windows(rows: Iterable[Row], size: int, most: int) -> Iterator[tuple[list[R
         weight = heft(row[1].content, size)
         if window and held + weight > size:
             yield window, False
-            window, held, size = [], 0, min(2 * size, most)
+            window, held, size = [], 0, min(GROWTH * size, most)
         window.append(row)
         held += weight
     if window:

@@ -20,6 +20,7 @@ import pvcore_kernels as kernels
 from pvcore.blocks import length_borders
 from pvcore.flag_tokens import Sample
 from pvcore.frames import Call, Frame, Outcome
+from pvcore.heap import keep_freed
 from pvcore.model import HookedModel
 from pvcore.sessions import Take
 from pvcore.sites import Site
@@ -104,6 +105,7 @@ class Scorer:
         self._model, self._units, self._max_tokens = model, Units(bank), max_tokens
         self._borders = length_borders(model.hf)
         self.shape = (len(bank.sites), 2, len(bank))
+        keep_freed()
 
     def __call__(self, samples: Sequence[Sample]) -> NDArray[Any]:
         """`[sample, site, 2, n_vec]`; the 2 are reply mean and last prompt token."""

@@ -11,6 +11,7 @@ import torch
 from benches import flagging
 from benches.flagging import BARE, COLUMNS, PAPER, QUICK, Case, Settings, Task, most
 from benches.random_models import Shape
+from pvcore import flag_feed
 from pvcore.flag_scan import Scorer
 
 SHAPE = Shape(hidden=64, layers=3, vocabulary=2112)
@@ -24,6 +25,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def test_the_bare_forward_runs_the_batches_of_the_scan_and_stops_where_it_does(
     task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = len(task.batches())
+    monkeypatch.setattr(flag_feed, "FIRST", 4096)  # several portions, and batches within each
     ran: list[str] = []
     for layer in range(3):
         for model, name in ((task.hf, "bare"), (task.model.hf, "scan")):
@@ -38,6 +41,7 @@ def test_the_bare_forward_runs_the_batches_of_the_scan_and_stops_where_it_does(
     scan = [line.replace("scan", "bare") for line in ran if line.startswith("scan")]
     assert bare == [line for line in scan if "(1, 24)" not in line]  # the probe comes first
     assert {line.split()[1] for line in bare} == {"0", "1"}
+    assert len(bare) > 2 * whole
 
 
 def test_measures_each_case_against_what_it_says() -> None:
