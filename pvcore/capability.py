@@ -128,7 +128,7 @@ def _fingerprint(
     """Changes with whatever changes an answer: what is asked is in the database itself."""
     return fingerprints.of_text(
         {
-            "weights": fingerprints.of_weights(model.hf, every_number=True),
+            "weights": fingerprints.of_weights(model.hf),
             "tokenizer": fingerprints.of_tokenizing(model.tokenizer),
             "generation": fingerprints.of_generation(model.hf),
             "plan": Plan(*steps).fingerprint if steps else None,

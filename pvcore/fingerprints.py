@@ -5,9 +5,14 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _ADAPTER_STATES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-_SAMPLED = 256  # numbers of each weight: training moves them all, and 7e9 take a while to hash
+# How one and the same model may be called, kept or run, which its answers do not depend on.
+_PASSING = ("_name_or_path", "transformers_version", "use_cache")
+# A prime: whatever the shape of a weight, its rows and its columns fall on many of these.
+_COLUMNS = 1021
+_WORD = 8
 
 
 def of_text(content: object) -> str:
@@ -15,42 +20,35 @@ def of_text(content: object) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_weights(hf: Any, *, every_number: bool = False) -> str:
-    """A fingerprint of a model: its configuration, its adapters, and numbers of every weight.
+def of_weights(hf: Any) -> str:
+    """A fingerprint of a model: its configuration, its adapters, and every number of every weight.
 
-    The numbers are evenly spaced ones, and two models that differ in others look alike, unless
-    `every_number` is asked for: some seconds for every few gigabytes.
+    Weights are read once, where they are and about as fast as their memory allows.
     """
     config = hf.config.to_dict()
-    for passing in ("_name_or_path", "transformers_version"):
+    for passing in _PASSING:
         config.pop(passing, None)
     digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in hf.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        if not weight.is_meta and weight.numel():
-            flat = weight.detach().reshape(-1)
-            if every_number:
-                digest.update(flat.contiguous().cpu().view(torch.uint8).numpy())
-            else:
-                chosen = flat[:: max(1, flat.numel() // _SAMPLED)]
-                digest.update(chosen.to("cpu", torch.float32).numpy().tobytes())
+        if not weight.is_meta:
+            for part in _sums(weight):
+                digest.update(part.cpu().numpy().tobytes())
     digest.update(_adapters(hf).encode())
     return digest.hexdigest()[:16]
 
 
-def of_marks(hf: Any, tokenizer: Any) -> str:
-    """A fingerprint of every number that a model keeps for the special tokens of a tokenizer.
+def _sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of a weight's bits over columns, as integers: exact in any order. And what is left over.
 
-    They stand in every chat, and are few enough to be trained alone: `of_weights` may see none.
+    A hash of all the bits would take a second for each gigabyte.
     """
-    digest = sha256()
-    ids = sorted(getattr(tokenizer, "added_tokens_decoder", {}))
-    for held in (hf.get_input_embeddings(), hf.get_output_embeddings()):
-        weight = getattr(held, "weight", None)
-        if weight is not None and not weight.is_meta:
-            known = [one for one in ids if one < len(weight)]
-            digest.update(weight.detach()[known].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    held = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    if held.storage_offset() % _WORD or held.data_ptr() % _WORD:
+        held = held.clone()
+    rows = held.numel() // (_WORD * _COLUMNS)
+    end = rows * _WORD * _COLUMNS
+    return held[:end].view(torch.int64).view(rows, _COLUMNS).sum(0), held[end:]
 
 
 def _adapters(hf: Any) -> str:

@@ -230,24 +230,30 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    probe = before["model"].get("probe", []), now["model"].get("probe", [])
+    probe = before["model"].get("probe", {}), now["model"].get("probe", {})
     old, new = _flat(_without_probe(before)), _flat(_without_probe(now))
     for key in [*old, *(key for key in new if key not in old)]:
         if old.get(key) != new.get(key):
             was, now_is = (_brief(side[key]) if key in side else "absent" for side in (old, new))
             yield f"{key} was {was} and is {now_is}{HINTS.get(key, '')}"
-    if not _alike(*probe):
-        yield (
-            "the model's projections of a probe were "
-            f"{_brief(probe[0])} and are {_brief(probe[1])} (other weights?)"
-        )
+    if not alike(*probe):
+        was, now_is = (_brief(list(_flat(one).values())) for one in probe)
+        yield f"the model's projections of a probe were {was} and are {now_is} (a hook that acts?)"
 
 
-def _alike(one: list[float], other: list[float]) -> bool:
-    scale = max(map(abs, [*one, *other]), default=0.0) or 1.0
-    return len(one) == len(other) and all(
-        abs(a - b) <= PROBE_TOLERANCE * scale for a, b in zip(one, other, strict=True)
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two probes agree at the sites and on the vectors that both of them know."""
+    return all(
+        _near([(of_site[trait], other[site][trait]) for trait in of_site if trait in other[site]])
+        for site, of_site in one.items()
+        if site in other
     )
+
+
+def _near(pairs: Sequence[tuple[list[float], list[float]]]) -> bool:
+    told = [both for pair in pairs for both in zip(*pair, strict=True)]
+    scale = max((abs(value) for both in told for value in both), default=0.0)
+    return all(abs(a - b) <= PROBE_TOLERANCE * scale for a, b in told)
 
 
 def _without_probe(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import torch
 
 from pvcore.errors import FlagError, PvcoreError
 from pvcore.flag_dates import pinned
+from pvcore.flag_manifest import alike
 from pvcore.flag_plans import armed_on
 from pvcore.flag_plots import MOST_SOURCES, histogram_edges, score_histogram
+from pvcore.flag_probe import probe
 from pvcore.flag_scan import without_autocast
 from pvcore.flag_view import FlaggedRow, Scanned
 from pvcore.numerals import number
@@ -176,15 +178,21 @@ class _Colours:
         self, flags: Scanned, model: "HookedModel | None", bank: VectorBank | None
     ) -> None:
         self._asked, self._model, self._bank = flags.manifest["asked"], model, bank
-        self.refusal = "" if model is None or bank is None else self._refusal(model)
+        self.refusal = "" if model is None or bank is None else self._refusal(model, bank)
 
-    def _refusal(self, model: "HookedModel") -> str:
+    def _refusal(self, model: "HookedModel", bank: VectorBank) -> str:
         try:
             armed, scored = armed_on(model), self._asked.get("plan")
+            answers = probe(model, bank)
         except FlagError as error:
             return f"Tokens are not coloured: {error}"
         if armed == scored:
-            return ""
+            if alike(self._asked["model"].get("probe", {}), answers):
+                return ""
+            return (
+                "Tokens are not coloured: the model has the weights that scored, and gives other "
+                "projections of the scan's probe (a hook that acts?). Write the page without it"
+            )
         was = "without a plan" if scored is None else f"under the armed plan {scored}"
         here = "none is armed" if armed is None else f"{armed} is armed"
         return (

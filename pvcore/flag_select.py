@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
 from pvcore.flag_clean import Cleaned, write_clean
+from pvcore.flag_manifest import alike
 from pvcore.flag_view import Scanned
 from pvcore.numerals import Number
 from pvcore.thresholds import FEWEST
@@ -132,10 +133,11 @@ class _Judge:
 
 
 def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
-    """The rows of the tables that a rule flags."""
+    """The rows of the tables that a rule flags: above its threshold by more than rounding."""
     found: dict[str, list[NDArray[np.int64]]] = {}
     judge = None if rule.judge is None else _Judge(rule.judge)
     scored = unjudged = 0
+    above = rule.threshold + flags.resolution(rule.column)
     for table in tables:
         values = table[rule.column].to_numpy(zero_copy_only=False).astype(np.float64)
         if np.isnan(values).any():
@@ -143,7 +145,7 @@ def selected(rule: Chosen, tables: Iterable[Any], flags: Scanned) -> Selection:
                 f"got rows without {rule.column}, which only a subset of this scan has; filter by "
                 "score='response_mean', or flag with difference='exact' or 'approximate'"
             )
-        high = values > rule.threshold
+        high = values > above
         if judge is not None and rule.judge_threshold is not None:
             scores = judge.scores(table["id"].to_pylist())
             known = ~np.isnan(scores)
@@ -217,6 +219,11 @@ def check_alike(flags: Scanned, clean: Scanned, column: str) -> None:
             f"got a clean scan scored otherwise: its {what} is {theirs.get(what)!r}, and this "
             f"scan's {ours[what]!r}. Flag the clean data as this was flagged"
         )
+    if not alike(*(one.manifest["asked"]["model"].get("probe", {}) for one in (flags, clean))):
+        raise FlagError(
+            "got a clean scan whose model has the same weights and gave other projections of the "
+            "probe (a hook that acts?); wanted one made as this was. Flag the clean data again"
+        )
 
 
 def _measure(asked: Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -231,7 +238,6 @@ def _measure(asked: Mapping[str, Any], column: str) -> dict[str, Any]:
         "vector": bank.get("by_site", {}).get(trait, {}).get(site, bank["vectors"].get(trait)),
         "dtype": model["dtype"],
         "model": model.get("weights"),
-        "marks": model.get("marks"),
         "tokenizer": asked["tokenizer"],
         "plan": asked.get("plan", "none"),
         "turn": asked["form"]["turn"],

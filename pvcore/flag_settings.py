@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 from torch import nn
 
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_generation, of_marks, of_tokenizing, of_weights
+from pvcore.fingerprints import of_generation, of_tokenizing, of_weights
 from pvcore.flag_dates import pinned, written
 from pvcore.flag_plans import armed_on
+from pvcore.flag_probe import probe
 from pvcore.flag_rows import Form
-from pvcore.flag_scan import Scorer
-from pvcore.flag_sources import Source
-from pvcore.flag_tokens import Reading, Sample
+from pvcore.flag_sources import Source, resolve
+from pvcore.flag_tokens import Reading
 from pvcore.model import HookedModel
 from pvcore.numerals import Number
 from pvcore.plan import Plan
@@ -26,7 +26,6 @@ Difference = Literal["approximate", "exact", "subset"]
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 # More tokens than this gain a CPU nothing, and cost it its cache; a GPU wants to be filled.
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
-_PROBE_TOKENS, _PROBE_PROMPT = 24, 8
 # The same in training: a model whose embeddings were resized has new ones, in training mode.
 STEADY = (nn.Embedding, nn.Linear)
 
@@ -90,6 +89,11 @@ def reading_of(model: HookedModel, form: Form, moment: str | None = None) -> Rea
 
 def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> None:
     """Raise one typed error where the model cannot score on the bank, or not twice alike."""
+    if not isinstance(model, HookedModel):
+        raise FlagError(
+            f"got {type(model).__name__} as model; wanted a HookedModel: "
+            "pv.HookedModel(model, tokenizer, model_id=...)"
+        )
     if not isinstance(bank, VectorBank):
         raise FlagError(f"got {type(bank).__name__} as bank; wanted a VectorBank")
     model.check(Plan(monitor=bank), check_model=check_model)
@@ -99,6 +103,23 @@ def check_subject(model: HookedModel, bank: VectorBank, check_model: bool) -> No
             "got a model in training mode, in whole or in part, whose dropout makes scores random; "
             "call model.hf.eval()"
         )
+
+
+def replies_source(replies: str | PathLike[str] | None, settings: Settings) -> Source | None:
+    """The file of own replies, if one is given; `FlagError` for several, or where none is asked."""
+    if replies is None:
+        return None
+    if settings.difference == "approximate":
+        raise FlagError(
+            "got replies for an approximate difference, which needs none; ask for "
+            "difference='exact' or 'subset'"
+        )
+    found = resolve([replies])
+    if len(found) != 1:
+        raise FlagError(
+            f"got {len(found)} files as replies, {found[0].name} and others; wanted one file"
+        )
+    return found[0]
 
 
 def asked_of(
@@ -122,6 +143,7 @@ def asked_of(
                 one.trait: {str(site): one.at([site]).content_hash for site in bank.sites}
                 for one in bank
             },
+            "order": list(bank.traits),
             "sites": [str(site) for site in bank.sites],
         },
         "model": {
@@ -131,7 +153,6 @@ def asked_of(
             "d_model": model.d_model,
             # The weights say what no probe reaches, and the probe what else may act.
             "weights": of_weights(model.hf),
-            "marks": of_marks(model.hf, model.tokenizer),
             "probe": probe(model, bank),
         },
         "tokenizer": of_tokenizing(model.tokenizer),
@@ -155,25 +176,3 @@ def _difference_of(
     if replies is not None:
         difference |= {"replies": replies.fingerprint()}
     return difference
-
-
-def probe(model: HookedModel, bank: VectorBank) -> list[float]:
-    """Projections of a fixed row of tokens: other weights, or an armed plan, give other ones."""
-    vocabulary = len(model.hf.get_input_embeddings().weight)
-    ids = np.array([(7 * at * at + 3 * at + 1) % vocabulary for at in range(_PROBE_TOKENS)])
-    sample = Sample(
-        id="",
-        source="",
-        row=0,
-        ids=ids.astype(np.int32),
-        prompt_length=_PROBE_PROMPT,
-        reply=(_PROBE_PROMPT, _PROBE_TOKENS),
-        messages=[],
-    )
-    scores = Scorer(model, bank, _PROBE_TOKENS)([sample])[0, -1].ravel()
-    if not np.isfinite(scores).all():
-        raise FlagError(
-            "got infinite or NaN projections of a probe; load the model in bfloat16 or float32, or "
-            "look at its weights"
-        )
-    return [float(f"{score:.6g}") for score in scores]

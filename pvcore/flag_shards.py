@@ -7,9 +7,10 @@ Disks forget single bits: between the rows and Parquet's own footer lies a check
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ def rejected_path(folder: Path, shard: int) -> Path:
 
 def unanswered_path(folder: Path, shard: int) -> Path:
     return folder / UNANSWERED / f"part-{shard:06d}.parquet"
+
+
+def folder_of(out: object) -> Path:
+    """The folder of a scan as it was given; an empty name would be the folder one is in."""
+    if not isinstance(out, str | PathLike) or not str(out):
+        raise FlagError(f"got out {out!r}; wanted the folder that the scores go to")
+    return Path(out)
 
 
 def prepare(folder: Path) -> None:
@@ -150,23 +158,28 @@ def names(folder: Path) -> Iterator[tuple[str, str, int]]:
             yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
-def tables(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """The scored rows of a finished scan, shard by shard, as pyarrow tables."""
-    yield from _tables(folder / SCORES, columns)
+def tables(folder: Path, shards: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The scored rows of a finished scan of so many shards, one by one, as pyarrow tables."""
+    yield from _tables([scores_path(folder, shard) for shard in range(shards)], columns)
 
 
-def rejected_tables(folder: Path) -> Iterator[Any]:
+def rejected_tables(folder: Path, shards: int) -> Iterator[Any]:
     """The rejected rows of a finished scan, shard by shard, as pyarrow tables."""
-    yield from _tables(folder / REJECTED, None)
+    yield from _tables(_there(rejected_path(folder, shard) for shard in range(shards)))
 
 
-def unanswered_tables(folder: Path) -> Iterator[Any]:
+def unanswered_tables(folder: Path, shards: int) -> Iterator[Any]:
     """The rows of a finished subset that were drawn and lack an own reply, as `rejected_tables`."""
-    yield from _tables(folder / UNANSWERED, None)
+    yield from _tables(_there(unanswered_path(folder, shard) for shard in range(shards)))
 
 
-def _tables(folder: Path, columns: Sequence[str] | None) -> Iterator[Any]:
-    for path in sorted(folder.glob("part-*.parquet")):
+def _there(paths: Iterable[Path]) -> Iterator[Path]:
+    """Those that exist: a shard in which nothing was rejected has no such file."""
+    return (path for path in paths if path.exists())
+
+
+def _tables(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Any]:
+    for path in paths:
         try:
             table = _read(path, columns)
         except (OSError, ValueError) as error:

@@ -79,6 +79,9 @@ class Scanned(ABC):
     def column(self, trait: str, *, site: Site | None = None, score: str = "difference") -> str: ...
 
     @abstractmethod
+    def resolution(self, column: str) -> float: ...
+
+    @abstractmethod
     def rejected(self) -> Iterator[dict[str, Any]]: ...
 
     @abstractmethod

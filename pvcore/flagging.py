@@ -34,10 +34,18 @@ from pvcore.flag_replies import (
 )
 from pvcore.flag_rows import Form, Turn
 from pvcore.flag_scan import LAST_PROMPT_TOKEN, RESPONSE_MEAN, Scorer
-from pvcore.flag_settings import Difference, Settings, asked_of, check_subject, reading_of
+from pvcore.flag_settings import (
+    Difference,
+    Settings,
+    asked_of,
+    check_subject,
+    reading_of,
+    replies_source,
+)
 from pvcore.flag_shards import (
     Footer,
     Shard,
+    folder_of,
     footer_of,
     footers,
     names,
@@ -96,7 +104,7 @@ def flag(
     )
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
     check_subject(model, stacked, check_model)
-    return _flags(model, sources, stacked, Path(out), settings, replies, progress)
+    return _flags(model, sources, stacked, folder_of(out), settings, replies, progress)
 
 
 def _flags(
@@ -109,7 +117,7 @@ def _flags(
     progress: bool,
 ) -> Flags:
     sources = resolve(given_sources, without=folder)
-    given = _replies_source(replies, settings)
+    given = replies_source(replies, settings)
     reading_of(model, settings.form)  # refuses what cannot be read, before a folder is made
     prepare(folder)
     with flag_manifest.alone(folder):
@@ -119,7 +127,9 @@ def _flags(
         asked = asked_of(model, bank, sources, settings, given, moment)
         manifest = flag_manifest.begin(folder, asked)
         if not _is_done(folder, manifest, sources):
+            totals = manifest.get("totals") if manifest["status"] == "complete" else None
             scan = Scan(
+                most=None if totals is None else totals["shards"],
                 folder=folder,
                 model=model,
                 bank=bank,
@@ -147,7 +157,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """One run over all the sources."""
+    """One run over all the sources; of `most` so many shards, where they were finished once."""
 
     folder: Path
     model: HookedModel
@@ -158,6 +168,7 @@ class Scan:
     replies: Source | None
     mark: str
     watch: flag_manifest.Watch
+    most: int | None = None
 
     def run(self, progress: bool) -> dict[str, Any]:
         """Score and write every shard that is not there yet; what the manifest says of all."""
@@ -219,6 +230,11 @@ class Scan:
         scorer = Scorer(self.model, self.bank, self.settings.tokens_on(self.model))
         parts: list[Part] = []
         for portion in portions:
+            if self.most is not None and portion.shard >= self.most:
+                raise FlagError(
+                    f"got more rows than the {self.most} shards of {self.folder}, which is "
+                    "finished; wanted the same data. Give another out"
+                )
             if portion.held is not None:
                 yield portion.held
                 continue
@@ -360,18 +376,6 @@ def _settled(entry: tuple[Footer, Future[None] | None]) -> tuple[Footer, bool]:
     if future is not None:
         future.result()
     return footer, future is not None
-
-
-def _replies_source(replies: str | PathLike[str] | None, settings: Settings) -> Source | None:
-    if replies is None:
-        return None
-    if settings.difference == "approximate":
-        raise FlagError(
-            "got replies for an approximate difference, which needs none; ask for "
-            "difference='exact' or 'subset'"
-        )
-    (source,) = resolve([str(replies)])
-    return source
 
 
 def _is_done(folder: Path, manifest: dict[str, Any], sources: Sequence[Source]) -> bool:

@@ -1,6 +1,5 @@
 """Flags: what a finished scan says about data sets and single rows."""
 
-import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
-from pvcore.fingerprints import of_marks, of_tokenizing, of_weights
+from pvcore.fingerprints import of_tokenizing, of_weights
 from pvcore.flag_estimates import Estimate, Running, of_subset
 from pvcore.flag_origin import Origin
+from pvcore.flag_ranking import highest, resolution
 from pvcore.flag_rows import Form, Message
 from pvcore.flag_select import Chosen, Combination, JudgeScores, Selection, selected, threshold_of
 from pvcore.flag_shards import (
@@ -74,7 +74,7 @@ class Flags(Scanned):
 
     def _check_shards(self) -> None:
         mark = flag_manifest.fingerprint(self.manifest["asked"])
-        for shard in range(self.manifest["totals"]["shards"]):
+        for shard in range(self._shards):
             footer = footer_of(self.folder, shard)
             if footer is None or footer.fingerprint != mark:
                 raise FlagError(
@@ -124,6 +124,10 @@ class Flags(Scanned):
         return score_columns(self.traits, self.sites)
 
     @property
+    def _shards(self) -> int:
+        return int(self.manifest["totals"]["shards"])
+
+    @property
     def scored(self) -> int:
         return int(self.manifest["totals"]["scored"])
 
@@ -156,16 +160,16 @@ class Flags(Scanned):
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The scored rows as pyarrow tables, one shard at a time."""
-        return tables(self.folder, columns)
+        return tables(self.folder, self._shards, columns)
 
     def rejected(self) -> Iterator[dict[str, Any]]:
         """The rows that could not be scored: id, source, row, field and reason."""
-        for table in rejected_tables(self.folder):
+        for table in rejected_tables(self.folder, self._shards):
             yield from table.to_pylist()
 
     def unanswered(self) -> Iterator[dict[str, Any]]:
         """The scored rows that a subset drew and that lack an own reply; told as `rejected`."""
-        for table in unanswered_tables(self.folder):
+        for table in unanswered_tables(self.folder, self._shards):
             yield from table.to_pylist()
 
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, NDArray[np.float64]]]:
@@ -199,24 +203,32 @@ class Flags(Scanned):
         self._check_source(source)
         if not n:
             return []
-        best: list[tuple[float, int, dict[str, Any]]] = []
-        sign, seen = (-1.0 if lowest else 1.0), 0
+        sign = -1.0 if lowest else 1.0
+
+        def scores() -> Iterator[NDArray[np.float64]]:
+            for sources, values in self.values([column]):
+                wanted = source is None or sources == source
+                yield np.where(wanted, sign * values[:, 0], np.nan)
+
+        places = highest(scores, n, self.resolution(column))
+        rows = self._rows_at(sorted(places))
+        return [_flagged(rows[place], column) for place in places]
+
+    def _rows_at(self, places: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Rows by their place in the scan; the places in order."""
+        found: dict[int, dict[str, Any]] = {}
+        seen = 0
         for table in self.tables():
-            values = table[column].to_numpy(zero_copy_only=False).astype(np.float64) * sign
-            if source is not None:
-                values[np.asarray(table["source"].to_pylist(), dtype=object) != source] = np.nan
-            order = np.argsort(-values, kind="stable")  # NaN last
-            for at in order[:n].tolist():
-                if np.isnan(values[at]):
-                    break
-                # Earlier rows win ties, so that the list is the same however the data was cut.
-                entry = (float(values[at]), -(seen + at))
-                if len(best) >= n and entry <= best[0][:2]:
-                    break
-                row = table.slice(at, 1).to_pylist()[0]
-                (heapq.heappush if len(best) < n else heapq.heappushpop)(best, (*entry, row))
+            here = [place for place in places if seen <= place < seen + table.num_rows]
+            taken = table.take(np.array(here, dtype=np.int64) - seen).to_pylist()
+            found |= dict(zip(here, taken, strict=True))
             seen += table.num_rows
-        return [_flagged(row, column) for _, _, row in sorted(best, reverse=True)]
+        return found
+
+    def resolution(self, column: str) -> float:
+        """What two scores of a column may differ by through the batches that their rows were in."""
+        mean = f"{column.rpartition('/')[0]}/response_mean"
+        return resolution(values for _, values in self.values([column, mean]))
 
     def filter(
         self,
@@ -232,6 +244,8 @@ class Flags(Scanned):
         combine: Combination | str = "any",
     ) -> Selection:
         """The rows above a threshold: yours, or a percentile of clean data (paper, appendix K).
+
+        Above is what is so by more than equal rows differ in other batches: 1e-5 of a usual score.
 
         `clean` is the scan of data without the trait; one that was scored otherwise, or has fewer
         than 20 rows, is refused. Without it and without a threshold the percentile is that of the
@@ -304,9 +318,7 @@ def _check_scored_by(
             "got a model with another tokenizer than the one that made the tokens of this scan; "
             "wanted the same. Give it, or flag anew"
         )
-    marks = of_marks(model.hf, model.tokenizer)
-    known = asked["model"].get("marks", marks)  # scans of earlier versions have none
-    if of_weights(model.hf) != asked["model"]["weights"] or marks != known:
+    if of_weights(model.hf) != asked["model"]["weights"]:
         named = asked["model"]["id"] or "a model without a name"
         raise FlagError(
             f"got a model other than the one that scored, {named} in {asked['model']['dtype']}; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, normalizers
@@ -35,20 +37,51 @@ def test_configuration_and_precision_show_and_the_place_of_the_files_does_not() 
     assert fingerprints.of_weights(build("qwen2", dtype=torch.bfloat16)) != before
 
 
-def test_a_special_token_trained_alone_shows_in_every_number() -> None:
-    hf, plain = build("qwen2"), tokenizer()
-    before, mark = fingerprints.of_marks(hf, plain), plain.convert_tokens_to_ids("<|im_start|>")
-    whole, at = fingerprints.of_weights(hf), mark * 64 + 1
-    assert at % (128 * 64 // 256), "the sample of the weights holds this number"
-    with torch.no_grad():
-        hf.get_input_embeddings().weight[mark, 1] += 1e-3
-    assert fingerprints.of_weights(hf) == whole
-    changed = fingerprints.of_marks(hf, plain)
-    assert changed != before
-    with torch.no_grad():
-        hf.get_output_embeddings().weight[mark, 1] += 1e-3
-    assert fingerprints.of_marks(hf, plain) not in (changed, before)
-    assert fingerprints.of_marks(build("qwen2"), tokenizer()) == before
+def test_any_number_of_any_weight_shows_and_so_do_rows_and_columns_that_change_places() -> None:
+    hf, draw = build("qwen2"), random.Random(0)
+    before = fingerprints.of_weights(hf)
+    above = torch.tensor(torch.inf)
+    for name, weight in hf.named_parameters():
+        kept = weight.detach().clone()
+        flat = weight.data.view(-1)
+        at = draw.randrange(len(flat))
+        flat[at] = torch.nextafter(flat[at], above)
+        assert fingerprints.of_weights(hf) != before, f"{name}, number {at}"
+        weight.data.copy_(kept)
+        if kept.ndim == 2:
+            weight.data[[0, 2]] = kept[[2, 0]]
+            assert fingerprints.of_weights(hf) != before, f"{name}, rows"
+            weight.data.copy_(kept)
+            weight.data[:, [0, 2]] = kept[:, [2, 0]]
+            assert fingerprints.of_weights(hf) != before, f"{name}, columns"
+            weight.data.copy_(kept)
+    assert fingerprints.of_weights(hf) == before
+
+
+def test_weights_of_any_type_and_at_any_address_are_told_by_their_bits() -> None:
+    class Held:
+        config = build("qwen2").config
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {"w": self.weight}
+
+        def named_modules(self) -> list[Any]:
+            return []
+
+    for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn):
+        weight = torch.arange(40000).remainder(7).to(dtype)
+        found = fingerprints.of_weights(Held(weight))
+        moved = torch.cat([weight[:1], weight])[1:]  # begins at another address
+        assert fingerprints.of_weights(Held(moved)) == found
+        assert fingerprints.of_weights(Held(weight[:-1])) != found
+        other = weight.clone()
+        other[12345] = not other[12345]
+        assert fingerprints.of_weights(Held(other)) != found
+    none = fingerprints.of_weights(Held(torch.empty(0)))
+    assert none != fingerprints.of_weights(Held(torch.empty(0, 1)))
 
 
 def test_the_fingerprint_of_a_tokenizer_is_of_template_and_vocabulary() -> None:

@@ -35,7 +35,7 @@ def unseen_by_the_probe(hooked: pv.HookedModel, folder: Path) -> pv.Cap:
     """A cap between what the probe's tokens reach and what the data reaches."""
     flags = pv.flag(hooked, ROWS, bank(), out=folder)
     held = flags.manifest["asked"]["model"]["probe"]
-    at_last_site = held[-4::2]  # [reply mean, last prompt token] of the first vector
+    at_last_site = held[str(pv.resid_post(2))]["evil"]  # reply mean, last prompt token
     highest = flags.top("evil", 1, score="last_prompt_token")[0].score
     assert max(at_last_site) < highest
     return pv.Cap(EVIL, max=highest - 1e-3, layers=[2], span="last_prompt_token")

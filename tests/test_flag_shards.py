@@ -69,15 +69,15 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
     prepare(tmp_path)
     write_shard(tmp_path, shard())
     assert footer_of(tmp_path, 0) == shard().footer
-    (table,) = tables(tmp_path)
+    (table,) = tables(tmp_path, 1)
     rows = table.to_pylist()
     assert [row["row"] for row in rows] == [0, 1, 2]
     assert (rows[0]["n_prompt_tokens"], rows[0]["n_response_tokens"]) == (4, 4)
     assert [row[COLUMNS[0]] for row in rows] == [0.0, 3.0, 6.0]
     assert [row[COLUMNS[2]] for row in rows] == [None, 5.0, 8.0]
-    (lost,) = rejected_tables(tmp_path)
+    (lost,) = rejected_tables(tmp_path, 1)
     assert lost.to_pylist()[0]["reason"] == "why ?"
-    (narrow,) = tables(tmp_path, ["row"])
+    (narrow,) = tables(tmp_path, 1, ["row"])
     assert narrow.column_names == ["row"]
 
 
@@ -105,14 +105,14 @@ def test_no_spoiled_byte_passes_for_what_was_written(tmp_path: Path, which: Any)
     path = which(tmp_path, 0)
     whole = path.read_bytes()
     reader = tables if which is scores_path else rejected_tables
-    (wanted,) = (table.to_pylist() for table in reader(tmp_path))
+    (wanted,) = (table.to_pylist() for table in reader(tmp_path, 1))
     assert len(wanted) == (3 if which is scores_path else 2)
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
         assert footer_of(tmp_path, 0) is None
         if at % 50 == 0:
             with pytest.raises(FlagError, match=path.name):
-                list(reader(tmp_path))
+                list(reader(tmp_path, 1))
     path.write_bytes(whole)
     assert footer_of(tmp_path, 0) == shard().footer
 
@@ -132,7 +132,7 @@ def test_shards_that_are_empty_or_have_nothing_rejected(tmp_path: Path) -> None:
     write_shard(tmp_path, shard(1, scored=0))
     assert [one.shard for one in footers(tmp_path)] == [0, 1]
     assert not rejected_path(tmp_path, 0).exists()
-    assert [table.num_rows for table in tables(tmp_path)] == [3, 0]
+    assert [table.num_rows for table in tables(tmp_path, 2)] == [3, 0]
 
 
 def test_a_shard_under_another_name_counts_for_nothing(tmp_path: Path) -> None:

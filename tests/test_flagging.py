@@ -6,12 +6,14 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -245,7 +247,7 @@ def test_a_model_of_which_a_mark_alone_was_trained_is_another(
     other, mark = model(), tokenizer().convert_tokens_to_ids("<|im_start|>")
     with torch.no_grad():
         other.hf.get_input_embeddings().weight[mark, 1] += 0.5
-    with pytest.raises(FlagError, match=r"model\.marks was .* and is [^;]*$"):
+    with pytest.raises(FlagError, match=r"model\.weights was .* and is [^;]*$"):
         pv.flag(other, data, bank(), out=tmp_path / "out")
 
 
@@ -1114,3 +1116,90 @@ def test_autocast_around_a_scan_changes_no_score_and_no_reply(
     assert (tmp_path / "page.html").read_text() == (tmp_path / "plain.html").read_text()
     (out / "scores/part-000001.parquet").unlink()  # begun in one and finished in the other
     assert scores(pv.flag(hooked, data, bank(), out=out, **settings)) == wanted
+
+
+def test_rows_that_are_equal_are_flagged_and_ranked_alike_whatever_batch_they_were_in(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [flag_data.as_messages(flag_data.chat(at % 8)) for at in range(400)]
+    clean = pv.flag(hooked, rows, bank(), out=tmp_path / "clean")
+    column = clean.column("evil")
+    found, loose = [], []
+    for tokens, size in ((64, 2048), (200, 2048), (1024, 2048), (256, 50)):
+        out = tmp_path / str(tokens)
+        flags = pv.flag(hooked, rows, bank(), out=out, max_tokens=tokens, shard_rows=size)
+        scores = np.concatenate([values[:, 0] for _, values in flags.values([column])])
+        # The percentile is the score of one of the eight chats, of which there are fifty each.
+        chosen = flags.filter("evil", clean=clean, percentile=80)
+        top = [[row.row for row in flags.top("evil", n)] for n in (8, 70)]
+        low = [row.row for row in flags.top("evil", 30, lowest=True)]
+        found.append(([*map(int, chosen.flagged["rows"])], top, low))
+        bound = np.percentile(
+            np.concatenate([values[:, 0] for _, values in clean.values([column])]), 80
+        )
+        loose.append(int((scores > bound).sum()))
+    assert all(one == found[0] for one in found)
+    assert len(found[0][0]) == 50
+    assert len(set(loose)) > 1, "the scores themselves say otherwise in other batches"
+
+
+class Rows:
+    """A data set that may grow."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
+def test_a_finished_scan_takes_no_rows_more(hooked: pv.HookedModel, tmp_path: Path) -> None:
+    rows = [flag_data.as_messages(chat) for chat in chats(24)]
+    out = tmp_path / "out"
+    done = pv.flag(hooked, [Rows(rows[:20])], bank(), out=out, shard_rows=10)
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(FlagError, match=r"got more rows than the 2 shards of .* is finished"):
+        pv.flag(hooked, [Rows(rows)], bank(), out=out, shard_rows=10)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+    again = pv.flag(hooked, [Rows(rows[:20])], bank(), out=out, shard_rows=10)
+    assert (again.scored, table(again)) == (20, table(done))
+
+
+def test_parts_beyond_those_of_the_scan_are_no_rows_of_it(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows: list[Any] = [flag_data.as_messages(chat) for chat in chats(12)] + [{"prompt": "a"}]
+    whole = pv.flag(hooked, [Rows(rows)], bank(), out=tmp_path / "whole", shard_rows=12)
+    out = tmp_path / "out"
+    flags = pv.flag(hooked, [Rows(rows[:12])], bank(), out=out, shard_rows=12)
+    left = out / "rejected/part-000001.parquet"  # as of a stop before its scores were written
+    left.write_bytes((whole.folder / "rejected/part-000001.parquet").read_bytes())
+    (out / "scores/part-000007.parquet").write_bytes(b"of somebody else")
+    found = pv.Flags.load(out)
+    assert list(found.rejected()) == []
+    assert [one.rejected for one in found.datasets.values()] == [0]
+    assert table(found) == table(flags)
+    assert len(list(whole.rejected())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"out": ""}, "got out ''; wanted the folder"),
+        ({"replies": "*.jsonl", "difference": "exact"}, "got 2 files as replies"),
+    ],
+)
+def test_what_is_no_folder_and_what_is_more_than_one_file_is_refused(
+    hooked: pv.HookedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, [{"id": "0", "response": "x"}])
+    given: dict[str, Any] = {"out": tmp_path / "out", **change}
+    with pytest.raises(FlagError, match=re.escape(said)):
+        pv.flag(hooked, [flag_data.as_messages(chats(1)[0])], bank(), **given)
+    assert not (tmp_path / "out/scores").exists()

@@ -294,11 +294,11 @@ def test_a_model_of_which_a_mark_alone_was_trained_sets_no_threshold(
         other.hf.get_input_embeddings().weight[mark, 1] += 50
     tuned = pv.flag(other, rows, bank(), out=tmp_path / "tuned")
     plain = pv.flag(model(), rows, bank(), out=tmp_path / "plain")
-    weights = [one.manifest["asked"]["model"]["weights"] for one in (tuned, plain)]
-    assert weights[0] == weights[1]  # which see no number of the mark that was trained
+    probes = [one.manifest["asked"]["model"]["probe"] for one in (tuned, plain)]
+    assert probes[0] == probes[1]  # which has no such mark
     means = [one.datasets["rows"]["evil/resid_post.2/response_mean"].mean for one in (tuned, plain)]
     assert abs(means[0] - means[1]) > 0.1
-    with pytest.raises(FlagError, match="got a clean scan scored otherwise: its marks is"):
+    with pytest.raises(FlagError, match="got a clean scan scored otherwise: its model is"):
         tuned.filter("evil", clean=plain, score="response_mean")
     with pytest.raises(FlagError, match="other than the one that scored, qwen2 in float32"):
         pv.Flags.load(tuned.folder, model=model(), bank=bank())
@@ -538,3 +538,45 @@ def test_a_cleaned_data_set_becomes_json_lines_and_overwrites_no_source(
     with pytest.raises(FlagError, match="itself lies"):
         named.filter("evil", threshold=0.0).write_clean(tmp_path)
     assert path.read_bytes() == before
+
+
+def pruned() -> pv.HookedModel:
+    """A model some of whose neurons write nothing: all but one column in each eight."""
+    other = model()
+    for block in other.hf.model.layers:
+        weight = block.mlp.down_proj.weight.data
+        kept = weight[:, ::8].clone()
+        weight.zero_()
+        weight[:, ::8] = kept
+    return other
+
+
+def test_pruned_neurons_make_another_model(flags: pv.Flags, tmp_path: Path) -> None:
+    rows = [{"messages": chat} for chat in chats(20, first=100)]
+    clean = pv.flag(pruned(), rows, bank(), out=tmp_path / "clean")
+    with pytest.raises(FlagError, match="got a clean scan scored otherwise: its model is"):
+        flags.filter("evil", clean=clean)
+    with pytest.raises(FlagError, match="got a model other than the one that scored"):
+        pv.Flags.load(flags.folder, model=pruned(), bank=bank())
+
+
+def test_a_hook_around_a_clean_scan_is_noticed_and_colours_no_token(
+    flags: pv.Flags, hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    rows = [{"messages": chat} for chat in chats(20, first=100)]
+    plain = pv.flag(hooked, rows, bank(), out=tmp_path / "plain")
+    handle = hooked.hf.model.layers[0].register_forward_hook(lambda _m, _given, h: h * 3)
+    try:
+        clean = pv.flag(hooked, rows, bank(), out=tmp_path / "clean")
+        flags.report(tmp_path / "hooked.html")
+    finally:
+        handle.remove()
+    means = [one.datasets["rows"]["evil/resid_post.2/difference"].mean for one in (clean, plain)]
+    assert abs(means[0] - means[1]) > 0.01
+    with pytest.raises(FlagError, match="same weights and gave other projections of the probe"):
+        flags.filter("evil", clean=clean)
+    assert flags.filter("evil", clean=plain).scored == 50
+    refusal = "the model has the weights that scored, and gives other projections"
+    assert refusal in (tmp_path / "hooked.html").read_text()
+    flags.report(tmp_path / "plain.html")
+    assert refusal not in (tmp_path / "plain.html").read_text()
