@@ -8,6 +8,8 @@ def is_filled(value: object) -> bool:
 
     Objects in objects may lie deeper than calls can go, or hold themselves.
     """
+    if isinstance(value, list):  # as most rows are, known at once
+        return bool(value)
     waiting, seen = [value], set[int]()
     while waiting:
         one = waiting.pop()
@@ -48,7 +50,9 @@ def is_missing(value: object) -> bool:
 
 def is_given(value: object) -> bool:
     """Whether an optional field is there: a CSV's empty cell is an empty text."""
-    if isinstance(value, str | Mapping | Sequence):
+    if value is None or isinstance(value, str):
+        return bool(value)
+    if isinstance(value, Mapping | Sequence):
         return len(value) > 0
     return not is_missing(value)
 
