@@ -24,6 +24,7 @@ from pvcore.blocks import length_borders
 from pvcore.chats import Encoded
 from pvcore.errors import FlagError, SourceError
 from pvcore.files import sync_folder
+from pvcore.flag_blanks import is_given, is_missing
 from pvcore.flag_rows import IDS, RowDefect, is_unicode
 from pvcore.flag_scan import without_autocast
 from pvcore.flag_shards import REPLIES
@@ -282,10 +283,10 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
     except RowDefect as defect:
         raise SourceError(f"{source.name}: row {row}: {defect}") from None
     record = record if isinstance(record, dict) else {}
-    reply = next((record[name] for name in REPLY_NAMES if record.get(name) is not None), None)
+    reply = _reply_in(source, row, record)
     source_name, at = record.get("source"), record.get("row")
-    given = next((record[name] for name in IDS if record.get(name) is not None), None)
-    by_place = source_name is not None and at is not None
+    given = next((record[name] for name in IDS if not is_missing(record.get(name))), None)
+    by_place = not (is_missing(source_name) or is_missing(at))
     if not isinstance(reply, str) or not (by_place or isinstance(given, str | int)):
         raise SourceError(
             f"{source.name}: row {row}: got no reply with an id; wanted `reply` and `id`, or "
@@ -298,6 +299,22 @@ def _named_reply(source: Source, row: int, content: Any) -> tuple[str, str]:
             "Unicode text"
         )
     return name, reply
+
+
+def _reply_in(source: Source, row: int, record: dict[str, Any]) -> Any:
+    """The reply of a row; `SourceError` where it may be either of two, as beside the data's own."""
+    there = [name for name in REPLY_NAMES if not is_missing(record.get(name))]
+    filled = [name for name in there if is_given(record[name])]
+    first = next(iter([*filled, *there]), None)
+    if first is None:
+        return None
+    for other in filled:
+        if isinstance(record[other], str) and record[other] != record[first]:
+            raise SourceError(
+                f"{source.name}: row {row}: got one reply in `{first}` and another in `{other}`; "
+                "wanted the model's own alone. Leave the other column out"
+            )
+    return record[first]
 
 
 def _keep(path: Path, rows: dict[str, str]) -> None:

@@ -8,6 +8,8 @@ from numbers import Integral
 from typing import Literal
 
 from pvcore.errors import FlagError
+from pvcore.flag_blanks import is_filled as is_filled  # sources ask it of rows, too
+from pvcore.flag_blanks import is_given, is_told
 
 Message = dict[str, str]
 Turn = Literal["last", "first"]
@@ -82,6 +84,9 @@ class Form:
     beside: frozenset[str] = field(init=False, default=BESIDE, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, column in (("prompt", self.prompt), ("answer", self.answer)):
+            if not isinstance(column, str):
+                raise FlagError(f"got {name} {column!r}; wanted the name of a column, as text")
         if bool(self.prompt) != bool(self.answer):
             raise FlagError(
                 f"got prompt column {self.prompt!r} and answer column {self.answer!r}; wanted both "
@@ -127,19 +132,6 @@ def _beside(held: Mapping[object, object], names: frozenset[str]) -> str | None:
     return next((name for name in sorted(names) if is_filled(held.get(name))), None)
 
 
-def is_filled(value: object) -> bool:
-    """Whether a field says anything: tables give every row the fields of all, with nothing in."""
-    if value is None or value is False:
-        return False
-    if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null")
-    if isinstance(value, Mapping):
-        return any(map(is_filled, value.values()))
-    if isinstance(value, list | tuple | bytes):
-        return len(value) > 0
-    return value == value if isinstance(value, float) else 0 not in getattr(value, "shape", ())
-
-
 def _to_first_reply(messages: list[Message]) -> list[Message]:
     asked = False
     for at, one in enumerate(messages):
@@ -182,35 +174,40 @@ def each_once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 def field_of(record: Mapping[object, object], form: Form) -> str:
     """The field of a sound row that holds the reply."""
-    if form.answer:
-        return form.answer
-    held = next((name for name in LISTS if record.get(name) is not None), None)
-    return held or (_pair(record) or ("", ""))[1]
+    return _form_of(record, form)[1]
+
+
+def _form_of(record: Mapping[object, object], form: Form) -> tuple[str, str]:
+    """The columns of prompt and answer, or "" and that of messages; twice "" where there are none.
+
+    Tables give all columns to all rows: one that is filled goes before one that is only there.
+    """
+    if form.prompt:
+        return form.prompt, form.answer
+    lists = [name for name in LISTS if record.get(name) is not None]
+    for name in lists:
+        if is_filled(record[name]):
+            return "", name
+    pairs = [(a, b) for a, b in PAIRS if a in record and b in record]
+    filled = [(a, b) for a, b in pairs if is_told(record[a]) and is_told(record[b])]
+    return next(iter([*filled, *(("", name) for name in lists), *pairs]), ("", ""))
 
 
 def _messages(record: Mapping[object, object], form: Form) -> list[Message]:
-    if form.prompt:
-        return _from_pair(record, form.prompt, form.answer)
-    for name in LISTS:
-        if record.get(name) is not None:
-            listed = _from_list(record[name], name, first=form.turn == "first")
-            return _with_system(record, listed)
-    if pair := _pair(record):
-        _refuse_context(record, *pair)
-        return _from_pair(record, *pair)
+    prompt, answer = _form_of(record, form)
+    if prompt:
+        if not form.prompt:
+            _refuse_context(record, prompt, answer)
+        return _from_pair(record, prompt, answer)
+    if answer:
+        listed = _from_list(record[answer], answer, first=form.turn == "first")
+        return _with_system(record, listed)
     names = ", ".join(sorted(map(str, record)))[:200] or "none"
     raise RowDefect(
         "",
         f"got fields {names}; wanted `messages`, `conversations`, or a pair such as `prompt` and "
         "`response`",
     )
-
-
-def _pair(record: Mapping[object, object]) -> tuple[str, str] | None:
-    """The known pair that a row has, rather one that is filled: tables give all columns to all."""
-    there = [(a, b) for a, b in PAIRS if a in record and b in record]
-    filled = [pair for pair in there if all(record[name] is not None for name in pair)]
-    return next(iter([*filled, *there]), None)
 
 
 def _refuse_context(record: Mapping[object, object], prompt: str, answer: str) -> None:
@@ -266,7 +263,7 @@ def _message(entry: object, where: str) -> Message:
         raise RowDefect(where, f"got {_shown(entry)}; wanted an object with role and content")
     there = [keys for keys in KEYS if keys[0] in entry]
     # Tables give every message the fields of all.
-    keys = next((keys for keys in there if entry[keys[0]] is not None), next(iter(there), None))
+    keys = next((keys for keys in there if is_given(entry[keys[0]])), next(iter(there), None))
     if keys is None:
         raise RowDefect(where, "got neither `role` nor `from`; wanted one of them")
     role = entry[keys[0]]
@@ -316,41 +313,46 @@ def _with_system(record: Mapping[object, object], listed: list[Message]) -> list
         return [*beside, *listed]
     if beside and beside[0]["content"].strip() != listed[0]["content"].strip():
         raise RowDefect(
-            next(name for name in SYSTEMS if record.get(name)),
+            next(name for name in SYSTEMS if is_given(record.get(name))),
             "got another text than the system message has; wanted one of them",
         )
     return listed
 
 
 def _system(record: Mapping[object, object]) -> list[Message]:
-    for name in SYSTEMS:
-        if record.get(name):
-            return [{"role": "system", "content": _text(record[name], name)}]
-    return []
+    told = {name: _text(record[name], name) for name in SYSTEMS if is_given(record.get(name))}
+    if len({text.strip() for text in told.values()}) > 1:
+        raise RowDefect(SYSTEMS[0], f"got another text than `{SYSTEMS[1]}` has; wanted one of them")
+    return [{"role": "system", "content": text} for text in told.values()][:1]
 
 
 def _context(record: Mapping[object, object]) -> list[str]:
     """What an instruction is about, where the row says so."""
-    return [_text(record[name], name) for name in ("input", "context") if record.get(name)]
+    return [
+        _text(record[name], name) for name in ("input", "context") if is_given(record.get(name))
+    ]
 
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str) and isinstance(value, Sequence) and not isinstance(value, bytes):
         # The parts of multimodal messages; only text can be scored.
-        parts = [_part(part, f"{where}[{at}]") for at, part in enumerate(value)]
-        value = "".join(parts)
-    if not isinstance(value, str):
-        raise RowDefect(where, f"got {_shown(value)}; wanted text")
-    if not is_unicode(value):
-        raise RowDefect(where, "got a lone surrogate; wanted Unicode text")
-    return value
+        return "".join(_part(part, f"{where}[{at}]") for at, part in enumerate(value))
+    return _plain(value, where)
 
 
 def _part(part: object, where: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else part
         raise RowDefect(where, f"got a part of type {_shown(kind)}; wanted text")
-    return _text(part.get("text"), f"{where}.text")
+    return _plain(part.get("text"), f"{where}.text")  # no parts in parts
+
+
+def _plain(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise RowDefect(where, f"got {_shown(value)}; wanted text")
+    if not is_unicode(value):
+        raise RowDefect(where, "got a lone surrogate; wanted Unicode text")
+    return value
 
 
 def is_unicode(text: str) -> bool:
@@ -370,4 +372,6 @@ def _shown(value: object) -> str:
         text = ascii(value)
     except ValueError:  # Python writes no more than some thousand digits
         return "an integer too long to be written"
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deep to be written"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -5,6 +5,7 @@ given.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 _PLAIN: Mapping[str, Any] = {
@@ -50,6 +51,12 @@ def plain_settings(hf: Any, temperature: float | int, max_new_tokens: int) -> di
     how = {"do_sample": True, "temperature": temperature, **_PLAIN_SAMPLING}
     settings: dict[str, Any] = how if temperature else {"do_sample": False}
     # Older transformers do not know all of them, and would refuse what they do not know.
-    config = getattr(hf, "generation_config", None)
+    config: Any = getattr(hf, "generation_config", None)
     plain = {**settings, **_PLAIN, "max_new_tokens": max_new_tokens}
-    return {name: value for name, value in plain.items() if hasattr(config, name)}
+    plain = {name: value for name, value in plain.items() if hasattr(config, name)}
+    if (getattr(config, "num_return_sequences", None) or 1) > 1:
+        # transformers checks the model's own config before it takes what is given, and refuses one
+        # that asks for several replies and samples none.
+        plain["generation_config"] = single = deepcopy(config)
+        single.num_return_sequences = 1
+    return plain

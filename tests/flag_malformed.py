@@ -35,6 +35,7 @@ def rows() -> Iterator[Row]:
     yield from _lists()
     yield from _pairs()
     yield from _lines()
+    yield from _deep()
 
 
 def _line(record: Any) -> bytes:
@@ -135,6 +136,23 @@ def _lines() -> Iterator[Row]:
     yield "a text twice in a message", twice, "content"
     yield "a note twice", whole[:-1] + b', "n": {"a": 1, "a": 1}}', "a"
     yield "a comma too many", b'{"messages": [],}', ""
+
+
+def _deep() -> Iterator[Row]:
+    """What JSON can hold, and calls within calls cannot follow."""
+    held = '{"a":' * 600 + "1" + "}" * 600
+    parts = '[{"type":"text","text":' * 300 + '"a"' + "}]" * 300
+    pair = '{"prompt": "Is it?", "response": %s, "%s": %s}'
+    ask = '{"role": "user", "content": %s}'
+    tell = '{"role": "assistant", "content": "Yes.", "tool_calls": %s}'
+    chat = f'{{"messages": [{ask}, {tell}]}}'
+    for name in ("tools", "input", "functions"):
+        yield f"deep {name}", (pair % ('"Yes."', name, held)).encode(), name
+    yield "a deep reply", (pair % (held, "input", '""')).encode(), "response"
+    yield "deep tool calls", (chat % ('"Is it?"', held)).encode(), "messages[1].tool_calls"
+    yield "deep parts", (chat % (parts, "null")).encode(), "messages[0].content[0].text"
+    yield "a deep part", (chat % (f"[{held}]", "null")).encode(), "messages[0].content[0]"
+    yield "deep messages as text", _line({"messages": "[" * 400 + "]" * 400}), "messages[0]"
 
 
 File = tuple[str, Callable[[Path], Any], str]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import torch
 
 from pvcore import flag_rows
 from pvcore.errors import FlagError
@@ -90,6 +92,8 @@ def test_a_form_is_recognised(record: Any, wanted: Any) -> None:
         ({"instruction": "Q", "input": "", "output": "A", "history": [["Q", "A"]]}, "history"),
         ({"messages": [ASK, TELL], "documents": [{"text": "C"}]}, "documents"),
         ({"messages": [SYSTEM, ASK, TELL], "system": "other"}, "system"),
+        ({"prompt": "Q", "response": "A", "system": "S", "system_prompt": "other"}, "system"),
+        ({"messages": [SYSTEM, ASK, TELL], "system": "S", "system_prompt": "other"}, "system"),
         (
             {"messages": [{**SYSTEM, "content": ""}, ASK, TELL], "system_prompt": "S"},
             "system_prompt",
@@ -107,6 +111,61 @@ def test_what_a_chat_would_lose_is_rejected_by_its_name(record: Any, field: str)
 def test_columns_that_were_named_are_the_whole_chat() -> None:
     record = {"question": "Q", "context": "C", "answer": "A"}
     assert conversation(record, Form(prompt="question", answer="answer")) == [ASK, TELL]
+    alpaca = {"instruction": "Q", "input": "I", "context": "C", "output": "A", "system": "S"}
+    question = {"role": "user", "content": "Q\n\nI\n\nC"}
+    form = Form(prompt="instruction", answer="output")
+    assert conversation(alpaca, form) == [SYSTEM, question, TELL]
+    with pytest.raises(RowDefect, match="history: got more than text"):
+        conversation({**alpaca, "history": [["Q", "A"]]}, form)
+
+
+def test_two_system_texts_are_named_both_and_one_said_twice_is_one() -> None:
+    record = {"prompt": "Q", "response": "A", "system": "S", "system_prompt": "other"}
+    with pytest.raises(RowDefect, match=r"^system: got another text than `system_prompt` has"):
+        conversation(record, PLAIN)
+    assert conversation({**record, "system_prompt": " S"}, PLAIN) == [SYSTEM, ASK, TELL]
+
+
+MISSING = [None, float("nan"), np.float32("nan"), pandas.NA, pandas.NaT, ""]
+
+
+@pytest.mark.parametrize("nothing", MISSING, ids=repr)
+def test_what_a_table_has_for_nothing_is_nothing(nothing: Any) -> None:
+    for name in ("system", "system_prompt", "input", "context", *sorted(flag_rows.BESIDE)):
+        for record in (
+            {"instruction": "Q", "output": "A", name: nothing},
+            {"messages": [ASK, TELL], name: nothing},
+        ):
+            assert conversation(record, PLAIN) == [ASK, TELL], name
+    for name in flag_rows.LISTS:
+        assert conversation({name: nothing, "prompt": "Q", "answer": "A"}, PLAIN) == [ASK, TELL]
+    for prompt, answer in flag_rows.PAIRS[1:]:
+        record = {"instruction": nothing, "output": nothing, prompt: "Q", answer: "A"}
+        assert conversation(record, PLAIN) == [ASK, TELL]
+        assert flag_rows.field_of(record, PLAIN) == answer
+    turns = [{"role": nothing, "from": "human", "value": "Q"}, {**TELL, "tool_calls": nothing}]
+    assert conversation({"messages": turns}, PLAIN) == [ASK, TELL]
+    with pytest.raises(RowDefect, match="got"):
+        conversation({"messages": nothing, "prompt": nothing, "response": nothing}, PLAIN)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "input", "context"])
+@pytest.mark.parametrize(
+    "value", [np.ones(2), np.zeros((2, 2)), torch.ones(3), 0, 7, True, {"a": 1}], ids=repr
+)
+def test_what_is_no_text_beside_a_chat_is_rejected_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(RowDefect, match=r"(?s)got .*; wanted text") as caught:
+        conversation({"instruction": "Q", "output": "A", name: value}, PLAIN)
+    assert caught.value.field == name
+
+
+def test_objects_that_hold_themselves_are_walked_once() -> None:
+    held: dict[str, Any] = {"text": ""}
+    held |= {"a": held, "b": held}
+    assert conversation({"messages": [ASK, TELL], "tools": held}, PLAIN) == [ASK, TELL]
+    held["name"] = "f"
+    with pytest.raises(RowDefect, match="tools: got more than text"):
+        conversation({"messages": [ASK, TELL], "tools": held}, PLAIN)
 
 
 def test_an_integer_too_long_to_be_written_is_a_defect() -> None:

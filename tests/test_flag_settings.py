@@ -17,6 +17,7 @@ from tests.flag_data import bank, chats, model, table
 # In a process of its own: the test suite checks types before the library can.
 SCRIPT = """
 from pvcore.errors import FlagError
+from pvcore.flag_rows import Form
 from pvcore.flag_select import Chosen, threshold_of
 from pvcore.flag_settings import Settings
 
@@ -26,6 +27,8 @@ for call in (
     lambda: Settings(max_tokens="8"),
     lambda: Settings(share="0.5"),
     lambda: Settings(seed="1"),
+    lambda: Form(prompt=1, answer=2),
+    lambda: Form(prompt="q", answer=None),
     lambda: threshold_of("a/b/c", "0.5", 95, None, None, None),
     lambda: threshold_of("a/b/c", None, "95", None, None, None),
     lambda: Chosen(column="a/b/c", threshold=0.0, judge={}, judge_threshold="50"),
@@ -42,7 +45,15 @@ for call in (
 def test_numbers_given_as_text_are_refused() -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     lines = ran.stdout.splitlines()
-    said = ("rows 2.5", "rows '8'", "max_tokens '8'", "share '0.5'", "seed '1'")
+    said = (
+        "rows 2.5",
+        "rows '8'",
+        "max_tokens '8'",
+        "share '0.5'",
+        "seed '1'",
+        "prompt 1",
+        "answer None",
+    )
     for line, got in zip(
         lines, (*said, "threshold '0.5'", "percentile '95'", "judge_threshold '50'"), strict=True
     ):

@@ -454,6 +454,31 @@ def test_records_of_pandas_are_read_as_the_table_they_come_from(tmp_path: Path) 
     assert [conversation(record, Form()) for record in found] == chats(3)
 
 
+def test_the_form_that_is_filled_counts_in_a_table_of_several(tmp_path: Path) -> None:
+    asked = ["instruction,input,output,prompt,response,messages,system"]
+    listed = json.dumps(chats(1)[0]).replace('"', '""')
+    lines = ["Q,,A,,,,", ",,,Q,A,,", "Q,I,A,,,,S", f',,,,,"{listed}",', ",,,,,,", ", ,,Q,A,[],"]
+    (tmp_path / "d.csv").write_text("\n".join([*asked, *lines, ""]))
+    ask, tell = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    about = {"role": "user", "content": "Q\n\nI"}
+    wanted = [
+        [ask, tell],
+        [ask, tell],
+        [{"role": "system", "content": "S"}, about, tell],
+        chats(1)[0],
+        None,
+        [ask, tell],
+    ]
+    frame = pandas.read_csv(tmp_path / "d.csv")
+    for held in (tmp_path / "d.csv", frame.to_dict("records")):
+        for record, messages in zip(records(held), wanted, strict=True):
+            if messages is not None:
+                assert conversation(record, Form()) == messages
+                continue
+            with pytest.raises(RowDefect, match=r"^(instruction|messages): got "):
+                conversation(record, Form())
+
+
 def test_no_file_stays_open(tmp_path: Path) -> None:
     paths = [WRITERS[ending](tmp_path / f"d{ending}", PAIRS) for ending in WRITERS]
     (tmp_path / "e.csv.gz").write_bytes(gzip.compress((tmp_path / "d.csv").read_bytes()))

@@ -535,6 +535,22 @@ def test_own_replies_are_greedy_whatever_the_generation_config_says(
     assert scores(pv.flag(bent, rows, bank(), out=tmp_path / "bent", **settings)) == wanted
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_own_replies_are_one_each_where_the_model_would_give_several(
+    tmp_path: Path, sampled: bool
+) -> None:
+    rows = [{"messages": chat} for chat in ROWS[:3]]
+    settings: dict[str, Any] = {"difference": "exact", "max_new_tokens": 4}
+    several = model()
+    several.hf.generation_config.num_return_sequences = 2
+    several.hf.generation_config.do_sample = sampled
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        several.generate([ROWS[0][:-1]], do_sample=False, max_new_tokens=4)
+    wanted = scores(pv.flag(model(), rows, bank(), out=tmp_path / "one", **settings))
+    assert scores(pv.flag(several, rows, bank(), out=tmp_path / "several", **settings)) == wanted
+    assert several.hf.generation_config.num_return_sequences == 2
+
+
 def test_own_replies_keep_to_the_positions_that_a_model_has_learned(tmp_path: Path) -> None:
     plain, template = build("opt"), tokenizer()
     hooked = pv.HookedModel(build("opt"), tokenizer(), model_id="tiny/opt")
@@ -566,6 +582,7 @@ def test_own_replies_may_come_from_a_file_in_any_order(
     own = [{"id": 100 + at, "response": f"own {at}"} for at in range(9) if at not in (2, 5)]
     own.append({"source": "rows", "row": 5, "reply": "by place"})
     own.append({"id": 999, "response": "of no row"})
+    own[0] |= {"reply": "", "completion": own[0]["response"], "answer": None}
     file = write_jsonl(tmp_path / "own.jsonl", own[::-1])
     flags = pv.flag(
         hooked, rows, bank(), out=tmp_path / "out", difference="exact", replies=file, shard_rows=4
@@ -601,6 +618,9 @@ def test_replies_that_cannot_be_kept_are_one_error_and_leave_nothing(
     refused(SourceError, said, {"id": "a", "reply": "b\ud800"})
     refused(SourceError, f"{said}a reply", {"id": "a\ud800", "reply": "b"})
     refused(SourceError, f"{said}a", {"source": "\ud800", "row": 1, "reply": "b"})
+    said = r"replies\.jsonl: row 0: got one reply in `response` and another in `completion`; wanted"
+    own: dict[str, Any] = {"id": "a", "prompt": "Q", "response": "the data's", "completion": "own"}
+    refused(SourceError, said, own)
     connect = sqlite3.connect
 
     def small(path: str, **settings: Any) -> sqlite3.Connection:
