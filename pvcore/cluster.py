@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.flag_batches import rows_of
 from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion
 from pvcore.flag_manifest import fingerprint
@@ -332,12 +333,13 @@ def _files_of(model: Make) -> tuple[tuple[str, int, int], ...]:
 
 
 class RowScorer:
-    """Scores the rows of a batch: what `datasets.map(..., batched=True)` takes, and pickles.
+    """Scores the rows of a batch, also of a formatted data set: for `datasets.map(..., batched=True)`.
 
     Gives a column for each score of `pv.flag`'s approximate difference, NaN in rows that cannot be
     scored, and `flag_reason`, empty in all others. The model is made where the first batch comes.
     `datasets` keeps results under this object's state: make another one for another model, also
-    when it lies in the same folder, whose files' sizes and times the state holds.
+    when it lies in the same folder, whose files' sizes and times the state holds. Beside rows in
+    the formats "arrow" and "pandas" it keeps nothing but the scores.
     """
 
     def __init__(
@@ -360,7 +362,8 @@ class RowScorer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        rows = rows_of(batch, self._settings.form.known)
         if self._loaded is None:
             job = Job(
                 model=self._model,
@@ -370,9 +373,7 @@ class RowScorer:
                 check_model=self._check_model,
             )
             self._loaded = job.load()
-        names = list(batch)
         source = Source(name="batch", kind="rows")
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         dated = moment_for(self._loaded.tokenizer) is not None
         reading = reading_of(self._loaded, self._settings.form, self._day if dated else None)
         found, _ = reading.samples([(source, RawRow(at, row, 0.0)) for at, row in enumerate(rows)])

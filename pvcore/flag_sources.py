@@ -6,7 +6,6 @@ a file that cannot be read on is one `SourceError`.
 """
 
 import glob
-import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
+from pvcore.flag_lines import json_lines, line_pieces
 from pvcore.flag_rows import BESIDE, KEYS, RowDefect, each_once, is_filled, is_unicode
-from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
+from pvcore.flag_tables import csv_bytes, csv_rows, parquet_rows
 
 Kind = Literal["json lines", "csv", "parquet", "rows"]
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
@@ -32,14 +32,6 @@ SUFFIXES: Mapping[str, Kind] = {
     ".json": "json lines",
     ".csv": "csv",
     ".parquet": "parquet",
-}
-LONGEST_LINE = 1 << 24
-# The start of a file in another encoding, which would otherwise be a million defective rows.
-MARKS = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"PK": "a zip archive",
-    b"\x1f\x8b": "gzip (name it .gz)",
 }
 
 
@@ -69,7 +61,7 @@ class Source:
         if self.path is None:
             yield from self._held_rows(known, beside)
             return
-        reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
+        reader = {"json lines": json_lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
             yield RawRow(row, content, share)
 
@@ -79,7 +71,7 @@ class Source:
         The header of a CSV is row -1.
         """
         assert self.path is not None, "only files have bytes"
-        yield from self._told((csv_bytes if self.kind == "csv" else _line_pieces)(self.path))
+        yield from self._told((csv_bytes if self.kind == "csv" else line_pieces)(self.path))
 
     def _told(self, found: Iterator[Any]) -> Iterator[Any]:
         """What a reader finds, which begins with its row; where it fails, one `SourceError`."""
@@ -101,7 +93,7 @@ class Source:
         while True:
             try:
                 row, record = next(rows)
-                record = _own(_narrowed(record, known, beside))
+                record = own(_narrowed(record, known, beside))
             except StopIteration:
                 return
             except Exception as error:
@@ -192,16 +184,16 @@ def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any
     return {name: told.get(name, one) if name in known else None for name, one in record.items()}
 
 
-def _own(value: Any) -> Any:
+def own(value: Any) -> Any:
     """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
 
     Arrays of objects, as pandas makes of lists, become lists.
     """
     if isinstance(value, dict):
-        return {name: _own(held) for name, held in value.items()}
+        return {name: own(held) for name, held in value.items()}
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
-    return [_own(held) for held in value] if isinstance(value, list) else value
+    return [own(held) for held in value] if isinstance(value, list) else value
 
 
 def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
@@ -306,54 +298,6 @@ def _matching(pattern: str, without: Path | None) -> list[str]:
     paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
     folder = None if without is None else without.resolve()
     return sorted(path for path in paths if folder not in Path(path).resolve().parents)
-
-
-def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]]:
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw:
-        packed = path.suffix.casefold() == ".gz"
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        for row, begins, line in _bounded_lines(stream):
-            content: Any = line if row or not begins else _checked_start(line)
-            if not begins or _is_blank(content):
-                continue
-            if len(content) > LONGEST_LINE:
-                content = RowDefect("", f"got a line over {LONGEST_LINE} bytes; wanted less")
-            yield row, content, raw.tell() / size
-
-
-def _line_pieces(path: Path) -> Iterator[tuple[int, bytes]]:
-    packed = path.suffix.casefold() == ".gz"
-    with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-        wanted = True
-        for row, begins, piece in _bounded_lines(stream):
-            if begins:
-                wanted = not _is_blank(piece if row else piece.removeprefix(BOM))
-            if wanted:
-                yield row, piece
-
-
-def _bounded_lines(stream: Any) -> Iterator[tuple[int, bool, bytes]]:
-    """Lines under their number; one that is too long in pieces, of which one begins it."""
-    row, begins = -1, True
-    while piece := stream.readline(LONGEST_LINE + 1):
-        row += begins
-        yield row, begins, piece
-        begins = piece.endswith(b"\n")
-
-
-def _is_blank(line: bytes) -> bool:
-    return len(line) <= LONGEST_LINE and not line.strip()
-
-
-def _checked_start(line: bytes) -> bytes:
-    for mark, what in MARKS.items():
-        if line.startswith(mark):
-            raise ValueError(f"it begins as {what}, not as UTF-8 text")
-    line = line.removeprefix(BOM)
-    if line.lstrip().startswith(b"["):
-        raise ValueError("it begins with a JSON array; one object a line is wanted")
-    return line
 
 
 def _brief(error: BaseException) -> str:

@@ -167,6 +167,38 @@ def test_rows_are_scored_inside_a_map(data: Path, tmp_path: Path) -> None:
     assert "last turn of role 'user'" in reasons[4]
 
 
+@pytest.mark.parametrize("form", ["numpy", "arrow", "pandas", "torch"])
+def test_rows_of_a_formatted_data_set_are_scored_inside_a_map(form: str) -> None:
+    from datasets import Dataset
+
+    plain = Dataset.from_list(ROWS[:9])
+    scorer = RowScorer(model, bank())
+    wanted = scorer(plain[:])
+    found = plain.with_format(form).map(scorer, batched=True, batch_size=9).with_format(None)
+    assert found["flag_reason"][:] == [""] * 9
+    for name in wanted:
+        assert found[name][:] == wanted[name]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"prompt": "abc", "response": "xyz"}, r"got str in column 'prompt'.*batched=True"),
+        ({"id": 3, **ROWS[0]}, r"got int in column 'id'.*batched=True"),
+        (ROWS[0], r"got messages in column 'messages', as one row has them.*batched=True"),
+        (
+            {"prompt": ROWS[0]["messages"][:1], "completion": ROWS[0]["messages"][1:]},
+            r"got messages in column 'prompt'",
+        ),
+        ({"prompt": ["a", "b"], "response": ["c"]}, r"\(2 of prompt, 1 of response\)"),
+        ([ROWS[0]], "got list as a batch; wanted a mapping of columns"),
+    ],
+)
+def test_one_row_for_a_batch_is_refused(batch: Any, said: str) -> None:
+    with pytest.raises(FlagError, match=said):
+        RowScorer(model, bank())(batch)
+
+
 def test_a_row_whose_projection_overflows_says_so() -> None:
     hooked = model()
     with torch.no_grad():  # "z" overflows wherever it comes up

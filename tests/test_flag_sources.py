@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pvcore import flag_sources, flag_tables
+from pvcore import flag_lines, flag_tables
 from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
 from pvcore.flag_sources import decode, resolve
@@ -143,7 +143,7 @@ def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
 def test_only_the_start_of_a_file_says_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes
 ) -> None:
-    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 99)
+    monkeypatch.setattr(flag_lines, "LONGEST_LINE", 99)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"prompt": "' + b"x" * 88 + second + b'"}\n{"a": 1}\n')
     first, last = next(iter(resolve(path))).rows(KNOWN)
@@ -213,7 +213,7 @@ def test_what_is_gone_once_it_was_read_has_no_weight(tmp_path: Path) -> None:
 def test_a_line_without_end_is_one_defect_and_never_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 100)
+    monkeypatch.setattr(flag_lines, "LONGEST_LINE", 100)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 1000 + b'"}\n{"a": 2}\n')
     (source,) = resolve(path)
