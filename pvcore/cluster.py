@@ -333,7 +333,7 @@ def _files_of(model: Make) -> tuple[tuple[str, int, int], ...]:
 
 
 class RowScorer:
-    """Scores the rows of a batch, also of a formatted data set: for `datasets.map(..., batched=True)`.
+    """Scores the rows of a batch in any format: for `datasets.map(..., batched=True)`; pickles.
 
     Gives a column for each score of `pv.flag`'s approximate difference, NaN in rows that cannot be
     scored, and `flag_reason`, empty in all others. The model is made where the first batch comes.

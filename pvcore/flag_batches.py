@@ -13,7 +13,8 @@ DO = "call datasets.map(..., batched=True), or give lists: {'prompt': [...], 're
 def rows_of(batch: Any, known: frozenset[str]) -> list[dict[str, Any]]:
     """The rows of a batch: a mapping of columns, or a table of pyarrow or pandas.
 
-    Only a `known` column may hold a conversation. Raises `FlagError` for one row that is given as if it were a batch.
+    Only a `known` column may hold a conversation. Raises `FlagError` for one row that is given as
+    if it were a batch.
     """
     columns = _columns(batch)
     for name, column in columns.items():

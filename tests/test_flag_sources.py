@@ -15,6 +15,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from pvcore import flag_lines, flag_tables
 from pvcore.errors import FlagError, SourceError
@@ -52,6 +53,116 @@ def test_names_are_those_of_files_keys_and_places(tmp_path: Path) -> None:
     assert [one.name for one in resolve(PAIRS)] == ["rows"]
     assert [one.name for one in resolve(iter(PAIRS))] == ["rows"]
     assert records([str(a), str(b)]) == [*PAIRS[:2], *PAIRS[:2]]
+
+
+def test_a_name_stays_with_all_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d" / "deep").mkdir(parents=True)
+    a, b, c = (write_jsonl(tmp_path / "d" / f"{n}.jsonl", PAIRS[:2]) for n in ("a", "b", "deep/c"))
+    every, deep = str(tmp_path / "d" / "**" / "*.jsonl"), str(tmp_path / "d" / "deep" / "*")
+    monkeypatch.chdir(tmp_path)
+    for given, names in (
+        ({"good": deep}, ["good"]),
+        ({"good": [a]}, ["good"]),
+        ({"x": [PAIRS]}, ["x"]),
+        ({"good": every}, ["good/a.jsonl", "good/b.jsonl", "good/deep/c.jsonl"]),
+        ({"good": ["d/a.jsonl", b]}, ["good/a.jsonl", "good/b.jsonl"]),
+        ({"good": "d/[ab].jsonl", "c": c}, ["good/a.jsonl", "good/b.jsonl", "c"]),
+        ({"x": [PAIRS, PAIRS], "y": [PAIRS]}, ["x/0", "x/1", "y"]),
+        ({"x": [PAIRS, a], "y": {"z": a.parent / "b.jsonl"}}, ["x/0", "x/a.jsonl", "y/z"]),
+        ({"x": DatasetDict({"train": Dataset.from_list(PAIRS)})}, ["x/train"]),
+    ):
+        assert [one.name for one in resolve(given)] == names
+    with pytest.raises(SourceError, match=r"got x/a twice; wanted .* a name of its own"):
+        resolve({"x": {"a": PAIRS}, "x/a": PAIRS})
+    with pytest.raises(SourceError, match=r"got good/a.jsonl twice"):
+        resolve({"good": [a, "d/a.jsonl"]})
+
+
+def test_sources_in_a_list_are_read_as_such_wherever_they_stand(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS[:2])
+    data = Dataset.from_list(PAIRS)
+    splits = DatasetDict({"train": data, "test": data})
+    for given, names in (
+        ([splits], ["train", "test"]),
+        ([{"n": PAIRS}, path], ["n", path.as_posix()]),
+        ([{"n": data}], ["n"]),
+        ([{"n": iter(PAIRS)}], ["n"]),
+        ([{"n": str(path)}, PAIRS], ["n", "rows-1"]),
+        ([path, {"n": PAIRS}], [path.as_posix(), "n"]),
+    ):
+        assert [one.name for one in resolve(given)] == names
+    odd = {"messages": [{"speaker": "Ann", "text": "x"}]}
+    text = {"prompt": "What is in " + "x" * 5000 + ".csv", "response": "b.csv"}
+    for rows in ([odd, PAIRS[0]], [text, "oops", 7, None], [{"asked": "a.csv", "told": "b.csv"}]):
+        assert [one.name for one in resolve(rows)] == ["rows"]
+        assert len(records(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("given", ["a path", "a text", "a data set", "splits", "a mapping"])
+def test_a_source_among_rows_is_refused(tmp_path: Path, given: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    data = Dataset.from_list(PAIRS)
+    source = {
+        "a path": path,
+        "a text": str(path),
+        "a data set": data,
+        "splits": DatasetDict({"train": data}),
+        "a mapping": {"n": PAIRS},
+    }[given]
+    with pytest.raises(SourceError, match=r"got a list of rows that holds a source at 1 \("):
+        resolve([PAIRS[0], source])
+
+
+@pytest.mark.parametrize("form", ["arrow", "pandas"])
+def test_a_data_set_that_yields_tables_is_refused(form: str) -> None:
+    with pytest.raises(SourceError, match=r"got a Dataset of .*with_format\(None\) gives them"):
+        records({"x": Dataset.from_list(PAIRS).with_format(form)})
+
+
+def test_a_glob_drops_no_broken_link(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    (tmp_path / "folder.jsonl").mkdir()
+    pattern, link = str(tmp_path / "*.jsonl"), tmp_path / "b.jsonl"
+    assert len(resolve(pattern)) == 1
+    for target, said in (("gone.jsonl", "a broken link"), ("b.jsonl", "cannot be looked up")):
+        link.symlink_to(target)
+        for given in (pattern, link):
+            with pytest.raises(SourceError, match=rf"b\.jsonl, .*({said}|there is no file)"):
+                resolve(given)
+        link.unlink()
+
+
+@pytest.mark.parametrize("given", ["Tell me more. " * 400, "a\0b.jsonl"])
+def test_a_text_that_is_no_path_is_refused(given: str) -> None:
+    with pytest.raises(SourceError, match="cannot be looked up") as caught:
+        resolve(given)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.stat", denied)
+    with pytest.raises(SourceError, match=r"got /secret/\*\.jsonl, .*\(Permission denied\)"):
+        resolve("/secret/*.jsonl")
+
+
+def test_many_sources_are_named_in_a_time_that_grows_with_them() -> None:
+    calls = 0
+
+    class Name(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal calls
+            calls += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    resolve({Name(f"n{at}"): PAIRS for at in range(400)})
+    assert calls < 4000
 
 
 @pytest.mark.parametrize(
