@@ -91,4 +91,5 @@ def _is_source(value: object) -> bool:
 
 
 def brief(told: object) -> str:
+    """What an error quotes: one line that is not long."""
     return " ".join(str(told).split())[:160] or type(told).__name__

@@ -22,7 +22,7 @@ import numpy as np
 
 from pvcore.errors import SourceError
 from pvcore.flag_lines import json_lines, line_pieces
-from pvcore.flag_rows import BESIDE, RowDefect, each_once, is_filled, is_unicode
+from pvcore.flag_rows import BESIDE, Form, RowDefect, each_once, is_filled, is_unicode
 from pvcore.flag_shapes import (
     SUFFIXES,
     Kind,
@@ -33,7 +33,7 @@ from pvcore.flag_shapes import (
     is_row,
     is_rows,
 )
-from pvcore.flag_tables import csv_bytes, csv_rows, parquet_rows
+from pvcore.flag_tables import csv_bytes, csv_rows, header, parquet_rows
 
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
 Standing = tuple[int, int, int] | None
@@ -68,6 +68,14 @@ class Source:
         reader = {"json lines": json_lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
             yield RawRow(row, content, share)
+
+    def columns(self) -> list[str] | None:
+        """The names of all columns; None where only the rows say them, or there are none."""
+        if self.path is None:
+            names = getattr(self.held, "column_names", None)
+            return names if isinstance(names, list) else None
+        found = self._told(header(self.path)) if self.kind in ("csv", "parquet") else iter(())
+        return next((names for _, names in found), None)
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """The rows of a text file as they lie there, for a copy: a long one in several pieces.
@@ -235,6 +243,18 @@ def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
                     f"got {other} and {source.name}, which are one file; wanted each source once"
                 )
     return found
+
+
+def check_columns(sources: Sequence[Source], form: Form) -> None:
+    """Raise `SourceError` where a column that the form names is none of a table's."""
+    wanted = [name for name in (form.prompt, form.answer) if name]
+    for source in sources if wanted else ():
+        names = source.columns()
+        if lost := [name for name in wanted if names is not None and name not in names]:
+            raise SourceError(
+                f"{source.name}: got {lost[0]!r} as a column's name; it has {brief(names)}. Name "
+                "two of these, or none where rows hold messages or a known pair"
+            )
 
 
 def _resolved(

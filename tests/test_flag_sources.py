@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict
 from pvcore import flag_lines, flag_tables
 from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
-from pvcore.flag_sources import decode, resolve
+from pvcore.flag_sources import check_columns, decode, resolve
 from pvcore.flag_tokens import said_by
 from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl, write_parquet
 
@@ -98,6 +98,36 @@ def test_sources_in_a_list_are_read_as_such_wherever_they_stand(tmp_path: Path) 
     for rows in ([odd, PAIRS[0]], [text, "oops", 7, None], [{"asked": "a.csv", "told": "b.csv"}]):
         assert [one.name for one in resolve(rows)] == ["rows"]
         assert len(records(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, ".csv.gz", "a data set"])
+def test_a_named_column_that_no_header_has_is_refused(tmp_path: Path, kind: str) -> None:
+    given: Any = Dataset.from_list(PAIRS)
+    if kind in WRITERS:
+        given = WRITERS[kind](tmp_path / f"d{kind}", PAIRS)
+    elif kind == ".csv.gz":
+        given = tmp_path / "d.csv.gz"
+        given.write_bytes(gzip.compress(write_csv(tmp_path / "d.csv", PAIRS).read_bytes()))
+    sources = resolve({"mine": given})
+    check_columns(sources, Form())
+    check_columns(sources, Form(prompt="prompt", answer="response"))
+    for form in (Form(prompt="promt", answer="response"), Form(prompt="prompt", answer="output")):
+        if kind.startswith(".jsonl"):  # each line has fields of its own
+            check_columns(sources, form)
+            continue
+        with pytest.raises(SourceError, match=r"mine: got '(promt|output)' .* it has .*'prompt'"):
+            check_columns(sources, form)
+
+
+def test_a_header_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    form = Form(prompt="a", answer="b")
+    for name in ("d.csv", "d.parquet"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+        with pytest.raises(SourceError, match="cannot be read after row -1"):
+            check_columns(resolve(tmp_path / name), form)
+        (tmp_path / name).unlink()
+    (tmp_path / "d.csv").touch()
+    check_columns(resolve(tmp_path / "d.csv"), form)
 
 
 @pytest.mark.parametrize("given", ["a path", "a text", "a data set", "splits", "a mapping"])
