@@ -8,7 +8,7 @@ Sources and the output folder must be on a file system that every machine sees.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from math import ceil
 from os import PathLike
@@ -37,7 +37,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import RawRow, Source, Sources, resolve
+from pvcore.flag_sources import RawRow, Source, Sources, check_columns, resolve
 from pvcore.flag_tokens import Sample
 from pvcore.flagging import NOT_FINITE, Scan
 from pvcore.flags import Flags
@@ -177,6 +177,7 @@ def flag_on_ray(
     """
     wanted = _settings(settings)
     found = resolve(sources, without=Path(out))
+    check_columns(found, wanted.form)
     if held := next((one.name for one in found if one.path is None), None):
         raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
@@ -184,11 +185,12 @@ def flag_on_ray(
     job = Job(
         model=_anywhere(model),
         bank=stacked,
-        sources=tuple(Source(name=one.name, kind=one.kind, path=_whole(one.path)) for one in found),
+        sources=tuple(replace(one, path=one.path.absolute()) for one in found if one.path),
         folder=folder,
         settings=wanted,
         check_model=check_model,
     )
+    _ray()  # before a folder is made
     prepare(folder)
     with flag_manifest.alone(folder):
         _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address, progress=progress)
@@ -213,11 +215,6 @@ def _anywhere(model: Make) -> Make:
     return str(Path(model).absolute()) if known and not callable(model) else model
 
 
-def _whole(path: Path | None) -> Path:
-    assert path is not None, "data sets were refused"
-    return path.absolute()
-
-
 def _run(
     job: Job,
     *,
@@ -227,8 +224,7 @@ def _run(
     address: str | None,
     progress: bool,
 ) -> None:
-    import ray
-
+    ray = _ray()
     watch = flag_manifest.Watch(job.folder, job.sources)
     count = count_shards(job)
     started = not ray.is_initialized()
@@ -258,6 +254,14 @@ def _run(
     finally:
         if started:
             ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise FlagError("got no package ray; install it: pip install 'pvcore[scan]'") from error
+    return ray
 
 
 def _totals(folder: Path, mark: str, count: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from pvcore.cluster import (
     flag_on_ray,
     refuse_too_few,
 )
-from pvcore.errors import FlagError
+from pvcore.errors import FlagError, SourceError
 from pvcore.flag_progress import follow
 from pvcore.flag_settings import Settings
 from pvcore.flag_shards import footers, prepare
@@ -273,6 +274,7 @@ def test_a_folder_of_a_model_is_found_from_anywhere(
         raise InterruptedError
 
     monkeypatch.setattr(cluster, "_run", run)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint").mkdir()
     for make in ("checkpoint", Path("checkpoint"), "owner/name", model):
@@ -302,8 +304,20 @@ def test_a_map_knows_the_model_of_a_folder_by_its_files(tmp_path: Path) -> None:
 
 
 def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,answer\na,b\n")
+    with pytest.raises(SourceError, match="got 'q' as a column"):
+        flag_on_ray(model, tmp_path / "d.csv", bank(), out=tmp_path, prompt="q", answer="answer")
     with pytest.raises(FlagError, match="which only this process has"):
         flag_on_ray(model, ROWS, bank(), out=tmp_path)
+
+
+def test_without_ray_the_extra_is_named_before_a_folder_is_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FlagError, match=r"got no package ray; .*'pvcore\[scan\]'"):
+        flag_on_ray(model, str(data / "*.jsonl"), bank(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 RUNNER = """
