@@ -171,9 +171,8 @@ def flag_on_ray(
     """Like `pv.flag`, on Ray Data: locally, or on the cluster at `address`.
 
     `actors` score at once, each with so many `cpus` and `gpus`; a cluster needs one CPU more.
-    Killed actors are replaced, and a killed driver is started again with the same call: what is on
-    the disk stays. `settings` are those of `pv.flag` except `replies`; sources are files, which
-    every machine must see.
+    Killed actors are replaced, and after a killed driver the same call goes on. `settings` are
+    those of `pv.flag` except `replies`; sources are files, which every machine must see.
     """
     wanted = _settings(settings)
     found = resolve(sources, without=Path(out))
