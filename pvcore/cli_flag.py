@@ -96,14 +96,16 @@ _RULE = ("threshold", "percentile", "clean_scan", "site", "score", "keep_rejecte
 
 def _run(options: dict[str, Any]) -> None:
     """Everything that can be refused is, before the first row is scored."""
-    from pvcore.flag_sources import resolve
+    from pvcore.flag_rows import Form
+    from pvcore.flag_sources import check_columns, resolve
     from pvcore.vectors import VectorBank
 
     report, top = options["report"], options["top"]
-    require_places(report)
     if top < 0:
         raise PvcoreError(f"got --top {top}; wanted 0 or more")
     sources = resolve(options["sources"], without=options["out"])
+    _check_report(options, sources)
+    check_columns(sources, Form(**{name: options[name] for name in ("prompt", "answer", "turn")}))
     bank = VectorBank(vectors_at(options["vector"]), layers=split_list(options["layers"], int))
     rules = _rules(options, bank, sources)
     found = _scanned(options, bank)
@@ -114,6 +116,27 @@ def _run(options: dict[str, Any]) -> None:
     if rules:
         document["clean"] = _cleaned(found, rules, options["clean"], options["keep_rejected"])
     print_document(document, options["as_json"])
+
+
+def _check_report(options: dict[str, Any], sources: "list[Source]") -> None:
+    """Refuse a page in the place of what the scan reads or writes."""
+    from pvcore import flag_manifest
+    from pvcore.flag_clean import check_places
+    from pvcore.flag_shards import FOLDERS
+
+    report, out, clean = options["report"], options["out"], options["clean"]
+    require_places(report)
+    if report is None:
+        return
+    taken = [out / name for name in (*FOLDERS, flag_manifest.NAME)]
+    taken += [one.path for one in sources if one.path is not None] + list(options["vector"])
+    taken += [] if clean is None else [clean, *check_places(sources, clean)]
+    page = report.resolve()
+    for place in taken:
+        if page in (place.resolve(), *place.resolve().parents):
+            raise PvcoreError(
+                f"got --report {report}, where {place} has its place; wanted a file of its own"
+            )
 
 
 def _scanned(options: dict[str, Any], bank: "VectorBank") -> "Flags":

@@ -8,7 +8,7 @@ Sources and the output folder must be on a file system that every machine sees.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from math import ceil
 from os import PathLike
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pvcore import flag_manifest
 from pvcore.errors import FlagError
+from pvcore.flag_batches import rows_of
 from pvcore.flag_dates import moment_for
 from pvcore.flag_feed import Feed, Portion
 from pvcore.flag_manifest import fingerprint
@@ -36,7 +37,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import RawRow, Source, Sources, resolve
+from pvcore.flag_sources import RawRow, Source, Sources, check_columns, resolve
 from pvcore.flag_tokens import Sample
 from pvcore.flagging import NOT_FINITE, Scan
 from pvcore.flags import Flags
@@ -170,12 +171,12 @@ def flag_on_ray(
     """Like `pv.flag`, on Ray Data: locally, or on the cluster at `address`.
 
     `actors` score at once, each with so many `cpus` and `gpus`; a cluster needs one CPU more.
-    Killed actors are replaced, and a killed driver is started again with the same call: what is on
-    the disk stays. `settings` are those of `pv.flag` except `replies`; sources are files, which
-    every machine must see.
+    Killed actors are replaced, and after a killed driver the same call goes on. `settings` are
+    those of `pv.flag` except `replies`; sources are files, which every machine must see.
     """
     wanted = _settings(settings)
     found = resolve(sources, without=Path(out))
+    check_columns(found, wanted.form)
     if held := next((one.name for one in found if one.path is None), None):
         raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
@@ -183,11 +184,12 @@ def flag_on_ray(
     job = Job(
         model=_anywhere(model),
         bank=stacked,
-        sources=tuple(Source(name=one.name, kind=one.kind, path=_whole(one.path)) for one in found),
+        sources=tuple(replace(one, path=one.path.absolute()) for one in found if one.path),
         folder=folder,
         settings=wanted,
         check_model=check_model,
     )
+    _ray()  # before a folder is made
     prepare(folder)
     with flag_manifest.alone(folder):
         _run(job, actors=actors, cpus=cpus, gpus=gpus, address=address, progress=progress)
@@ -212,11 +214,6 @@ def _anywhere(model: Make) -> Make:
     return str(Path(model).absolute()) if known and not callable(model) else model
 
 
-def _whole(path: Path | None) -> Path:
-    assert path is not None, "data sets were refused"
-    return path.absolute()
-
-
 def _run(
     job: Job,
     *,
@@ -226,8 +223,7 @@ def _run(
     address: str | None,
     progress: bool,
 ) -> None:
-    import ray
-
+    ray = _ray()
     watch = flag_manifest.Watch(job.folder, job.sources)
     count = count_shards(job)
     started = not ray.is_initialized()
@@ -257,6 +253,14 @@ def _run(
     finally:
         if started:
             ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise FlagError("got no package ray; install it: pip install 'pvcore[scan]'") from error
+    return ray
 
 
 def _totals(folder: Path, mark: str, count: int) -> dict[str, int]:
@@ -332,12 +336,13 @@ def _files_of(model: Make) -> tuple[tuple[str, int, int], ...]:
 
 
 class RowScorer:
-    """Scores the rows of a batch: what `datasets.map(..., batched=True)` takes, and pickles.
+    """Scores the rows of a batch in any format: for `datasets.map(..., batched=True)`; pickles.
 
     Gives a column for each score of `pv.flag`'s approximate difference, NaN in rows that cannot be
     scored, and `flag_reason`, empty in all others. The model is made where the first batch comes.
     `datasets` keeps results under this object's state: make another one for another model, also
-    when it lies in the same folder, whose files' sizes and times the state holds.
+    when it lies in the same folder, whose files' sizes and times the state holds. Beside rows in
+    the formats "arrow" and "pandas" it keeps nothing but the scores.
     """
 
     def __init__(
@@ -360,7 +365,8 @@ class RowScorer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        rows = rows_of(batch, self._settings.form.known)
         if self._loaded is None:
             job = Job(
                 model=self._model,
@@ -370,9 +376,7 @@ class RowScorer:
                 check_model=self._check_model,
             )
             self._loaded = job.load()
-        names = list(batch)
         source = Source(name="batch", kind="rows")
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         dated = moment_for(self._loaded.tokenizer) is not None
         reading = reading_of(self._loaded, self._settings.form, self._day if dated else None)
         found, _ = reading.samples([(source, RawRow(at, row, 0.0)) for at, row in enumerate(rows)])

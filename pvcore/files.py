@@ -1,11 +1,15 @@
 """Files: written whole or not at all."""
 
 import os
+import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Long files are written in pieces, so that no single call holds the whole of one.
 PIECE = 1 << 20
+DRAFT = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def text_lines(path: Path) -> list[str]:
@@ -22,8 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises `OSError` with nothing changed at `path`.
     """
-    # The same folder keeps the rename within one file system, where it is atomic.
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    draft = _draft(path)
     try:
         with draft.open("xb") as file:
             file.write(content)
@@ -39,7 +42,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
     The rename itself is on the disk only when the folder is.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    draft = _draft(path)
     try:
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -55,6 +58,25 @@ def write_durably(path: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def written_durably(path: Path) -> Iterator[Path]:
+    """Like `write_durably` for what is written bit by bit: gives the draft that becomes `path`."""
+    draft = _draft(path)
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    # The same folder keeps the rename within one file system, where it is atomic.
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk, where the system can (Windows keeps them by itself)."""
     if os.name == "nt":
@@ -67,6 +89,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove what writes that were killed have left behind in a folder."""
+    """Remove what writes that were killed have left behind in a folder; no other hidden file."""
     for draft in folder.glob(".*.tmp"):
-        draft.unlink(missing_ok=True)
+        if DRAFT.fullmatch(draft.name):
+            draft.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Cleaned copies: the same data without the rows that were flagged."""
 
 import gzip
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvcore.errors import FlagError
-from pvcore.files import sync_folder
+from pvcore.files import written_durably
 from pvcore.flag_json import json_line
 from pvcore.flag_origin import Origin
 from pvcore.flag_sources import Source
@@ -73,7 +74,7 @@ def write_clean(
 def check_places(sources: Sequence[Source], folder: Path) -> list[Path]:
     """Where the copy of each source will lie; `FlagError` where two would, or a source does."""
     names = [_file_name(source) for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise FlagError(
             f"got {twice[0]} from two folders; wanted file names that differ. Clean them one by one"
@@ -93,19 +94,14 @@ def _file_name(source: Source) -> str:
 
 
 def _copied(source: Source, path: Path, sieve: _Sieve, origin: Origin) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_durably(path) as draft:
             if source.kind == "parquet":
                 with arrow_errors():
                     _copy_parquet(source, draft, sieve)
             else:
                 _copy_lines(source, draft, sieve, origin)
-            draft.replace(path)
-            sync_folder(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise FlagError(f"got {path}, which cannot be written: {error.strerror}") from error
     except ValueError as error:

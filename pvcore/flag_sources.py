@@ -6,11 +6,13 @@ a file that cannot be read on is one `SourceError`.
 """
 
 import glob
-import gzip
 import json
+import os
+import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -19,28 +21,22 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
-from pvcore.flag_rows import BESIDE, KEYS, RowDefect, each_once, is_filled, is_unicode
-from pvcore.flag_tables import BOM, csv_bytes, csv_rows, parquet_rows
+from pvcore.flag_lines import json_lines, line_pieces
+from pvcore.flag_rows import BESIDE, Form, RowDefect, each_once, is_filled, is_unicode
+from pvcore.flag_shapes import (
+    SUFFIXES,
+    Kind,
+    brief,
+    check_rows,
+    is_data,
+    is_list_of_sources,
+    is_row,
+    is_rows,
+)
+from pvcore.flag_tables import csv_bytes, csv_rows, header, parquet_rows
 
-Kind = Literal["json lines", "csv", "parquet", "rows"]
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
 Standing = tuple[int, int, int] | None
-
-SUFFIXES: Mapping[str, Kind] = {
-    ".jsonl": "json lines",
-    ".ndjson": "json lines",
-    ".json": "json lines",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-LONGEST_LINE = 1 << 24
-# The start of a file in another encoding, which would otherwise be a million defective rows.
-MARKS = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"PK": "a zip archive",
-    b"\x1f\x8b": "gzip (name it .gz)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +65,17 @@ class Source:
         if self.path is None:
             yield from self._held_rows(known, beside)
             return
-        reader = {"json lines": _lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
+        reader = {"json lines": json_lines, "csv": csv_rows, "parquet": parquet_rows}[self.kind]
         for row, content, share in self._told(reader(self.path, known)):
             yield RawRow(row, content, share)
+
+    def columns(self) -> list[str] | None:
+        """The names of all columns; None where only the rows say them, or there are none."""
+        if self.path is None:
+            names = getattr(self.held, "column_names", None)
+            return names if isinstance(names, list) else None
+        found = self._told(header(self.path)) if self.kind in ("csv", "parquet") else iter(())
+        return next((names for _, names in found), None)
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """The rows of a text file as they lie there, for a copy: a long one in several pieces.
@@ -79,7 +83,7 @@ class Source:
         The header of a CSV is row -1.
         """
         assert self.path is not None, "only files have bytes"
-        yield from self._told((csv_bytes if self.kind == "csv" else _line_pieces)(self.path))
+        yield from self._told((csv_bytes if self.kind == "csv" else line_pieces)(self.path))
 
     def _told(self, found: Iterator[Any]) -> Iterator[Any]:
         """What a reader finds, which begins with its row; where it fails, one `SourceError`."""
@@ -90,7 +94,7 @@ class Source:
                 yield one
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise SourceError(
-                f"{self.name}: cannot be read after row {row} ({_brief(error)}); wanted a whole "
+                f"{self.name}: cannot be read after row {row} ({brief(error)}); wanted a whole "
                 f"{self.kind} file. Mend it and scan into another out, as it is another file "
                 "then, or leave it out"
             ) from error
@@ -101,18 +105,19 @@ class Source:
         while True:
             try:
                 row, record = next(rows)
-                record = _own(_narrowed(record, known, beside))
+                record = own(_narrowed(record, known, beside))
             except StopIteration:
                 return
             except Exception as error:
                 raise SourceError(
-                    f"{self.name}: reading it raised {type(error).__name__}: {_brief(error)}; "
+                    f"{self.name}: reading it raised {type(error).__name__}: {brief(error)}; "
                     "wanted an iterable of mappings. Mend it, or leave it out"
                 ) from error
-            if row == 0 and isinstance(record, str | PathLike | list | tuple):
+            if row == 0 and record is not None and not is_row(record):
+                plain = "; data.with_format(None) gives them" if is_data(self.held) else ""
                 raise SourceError(
                     f"{self.name}: got a {type(self.held).__name__} of {type(record).__name__}; "
-                    "wanted mappings, or a list where paths or data sets are meant"
+                    f"wanted mappings{plain}, or a list where paths or data sets are meant"
                 )
             yield RawRow(row, record, (row + 1) / size if size else float("nan"))
 
@@ -131,7 +136,7 @@ class Source:
                     size += len(piece)
         except OSError as error:
             raise SourceError(
-                f"{self.name}: cannot be read ({_brief(error)}); wanted a file you may read"
+                f"{self.name}: cannot be read ({brief(error)}); wanted a file you may read"
             ) from error
         return {"kind": self.kind, "bytes": size, "sha256": digest.hexdigest()}
 
@@ -178,7 +183,7 @@ def decode(content: Any) -> Any:
     except UnicodeDecodeError as error:
         raise RowDefect("", f"got a byte at {error.start} that is no UTF-8; wanted UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise RowDefect("", f"got no JSON ({_brief(error)}); wanted one object a line") from None
+        raise RowDefect("", f"got no JSON ({brief(error)}); wanted one object a line") from None
 
 
 def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any:
@@ -192,36 +197,43 @@ def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any
     return {name: told.get(name, one) if name in known else None for name, one in record.items()}
 
 
-def _own(value: Any) -> Any:
+def own(value: Any) -> Any:
     """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
 
     Arrays of objects, as pandas makes of lists, become lists.
     """
     if isinstance(value, dict):
-        return {name: _own(held) for name, held in value.items()}
+        return {name: own(held) for name, held in value.items()}
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
-    return [_own(held) for held in value] if isinstance(value, list) else value
+    return [own(held) for held in value] if isinstance(value, list) else value
 
 
 def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
     """The sources meant: a path, a glob, a data set, a mapping of names to these, or a list.
 
+    A file is called by its path, one data set `rows`, one at place 2 of a list `rows-2`. In a
+    mapping what holds one thing is called by its name, as in `{"good": "d/*.jsonl"}` where one
+    file matches. Of more each has a name that begins with it: `good/a.jsonl`, a file's path from
+    the folder that all of them lie in; `good/2`, a data set's place; `good/mine` in a mapping.
+
     No glob finds what lies in the folder `without`, where a scan keeps its own tables. Raises
     `SourceError` for what is not there, is no known kind, or comes twice.
     """
-    found = list(_resolved(sources, "", without))
+    found = list(_resolved(sources, without))
     if not found:
         raise SourceError("got no sources; wanted a file, a glob or a data set at least")
-    names = [source.name for source in found]
+    names = Counter(source.name for source in found)
     if odd := [name for name in names if not is_unicode(name)]:
         raise SourceError(
             f"got {odd[0]!a}, a name that is no UTF-8; wanted one that can be written down. "
             "Rename the file, or name it yourself: {name: path}"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
-        raise SourceError(f"got {', '.join(twice)} twice; wanted each source once")
+        raise SourceError(
+            f"got {', '.join(twice)} twice; wanted each source once, under a name of its own"
+        )
     named: dict[Path, str] = {}
     for source in found:
         if source.path is not None:
@@ -233,20 +245,35 @@ def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:
     return found
 
 
-def _resolved(sources: Any, name: str, without: Path | None) -> Iterator[Source]:
+def check_columns(sources: Sequence[Source], form: Form) -> None:
+    """Raise `SourceError` where a column that the form names is none of a table's."""
+    wanted = [name for name in (form.prompt, form.answer) if name]
+    for source in sources if wanted else ():
+        names = source.columns()
+        if lost := [name for name in wanted if names is not None and name not in names]:
+            raise SourceError(
+                f"{source.name}: got {lost[0]!r} as a column's name; it has {brief(names)}. Name "
+                "two of these, or none where rows hold messages or a known pair"
+            )
+
+
+def _resolved(
+    sources: Any, without: Path | None, name: str = "rows", among: str = "rows-"
+) -> Iterator[Source]:
+    """The sources; a data set is called `name`, or in a list by its place behind `among`."""
     if isinstance(sources, str | PathLike):
-        yield from _files(str(sources), name, without)
+        yield from _files(str(sources), without)
     elif isinstance(sources, Mapping):
         for key, value in sources.items():
             if not isinstance(key, str) or not key.strip():
                 raise SourceError(f"got {key!r} as the name of a source; wanted text")
-            yield from _resolved(value, key, without)
-    elif _is_list_of_sources(sources):
+            yield from _named(key, value, without)
+    elif is_list_of_sources(sources):
         for place, value in enumerate(sources):
-            yield from _resolved(value, f"rows-{place}" if _is_rows(value) else "", without)
-    elif _is_rows(sources):
-        _check_rows(sources)
-        yield Source(name=name or "rows", kind="rows", held=sources)
+            yield from _resolved(value, without, f"{among}{place}", among)
+    elif is_rows(sources):
+        check_rows(sources)
+        yield Source(name=name, kind="rows", held=sources)
     else:
         raise SourceError(
             f"got {type(sources).__name__} as a source; wanted a path, a glob, an iterable of "
@@ -254,41 +281,28 @@ def _resolved(sources: Any, name: str, without: Path | None) -> Iterator[Source]
         )
 
 
-def _check_rows(value: Any) -> None:
-    """Refuse what can be iterated and yields no rows, before each of its entries is rejected."""
-    kind = type(value).__name__
-    if isinstance(value, set | frozenset):
-        raise SourceError(f"got a {kind} as a source, which has no order; wanted a list")
-    if hasattr(value, "iterrows"):
-        raise SourceError(
-            f"got a {kind} as a source, which yields its columns' names; wanted mappings: give "
-            "frame.to_dict('records')"
-        )
-    first = value[0] if isinstance(value, list | tuple) and value else None
-    if isinstance(first, Mapping) and any(set(pair) <= set(first) for pair in KEYS):
-        raise SourceError(
-            f"got a {kind} of messages as a source; wanted rows that hold conversations: give "
-            "[{'messages': chat}, ...]"
-        )
+def _named(name: str, value: Any, without: Path | None) -> Iterator[Source]:
+    """What a mapping holds under a name: of that name, or of names that begin with it."""
+    found = list(_resolved(value, without, among=""))
+    if len(found) == 1 and not isinstance(value, Mapping):
+        yield replace(found[0], name=name)
+        return
+    whole = [os.path.abspath(one.path) for one in found if one.path is not None]
+    folder = os.path.commonpath([os.path.dirname(path) for path in whole]) if whole else ""
+    for one in found:
+        tail = one.name
+        if one.path is not None and tail == one.path.as_posix():
+            tail = Path(os.path.relpath(one.path, folder)).as_posix()
+        yield replace(one, name=f"{name}/{tail}")
 
 
-def _is_rows(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | PathLike | Mapping)
-
-
-def _is_list_of_sources(value: object) -> bool:
-    """A list or tuple whose first entry is itself a source, and no row."""
-    if not isinstance(value, list | tuple) or not value:
-        return False
-    return isinstance(value[0], str | PathLike) or _is_rows(value[0])
-
-
-def _files(pattern: str, name: str, without: Path | None) -> Iterator[Source]:
-    if Path(pattern).is_dir():
+def _files(pattern: str, without: Path | None) -> Iterator[Source]:
+    there = _look(pattern)
+    if there == "folder":
         raise SourceError(f"got the folder {pattern}; wanted files: write {pattern}/*.jsonl")
-    paths = [pattern] if Path(pattern).is_file() else _matching(pattern, without)
+    paths = [pattern] if there == "file" else _matching(pattern, without)
     if not paths:
-        raise SourceError(f"got {pattern}, where there is no file; wanted a file or a glob")
+        raise SourceError(f"got {brief(pattern)}, where there is no file; wanted a file or a glob")
     for path in paths:
         suffixes = [part.casefold() for part in Path(path).suffixes]
         packed = suffixes[-1:] == [".gz"]
@@ -298,63 +312,36 @@ def _files(pattern: str, name: str, without: Path | None) -> Iterator[Source]:
             raise SourceError(
                 f"got {path}; wanted a file ending in {', '.join(SUFFIXES)} (.gz after text)"
             )
-        label = Path(path).as_posix() if not name or len(paths) > 1 else name
-        yield Source(name=label, kind=kind, path=Path(path))
+        yield Source(name=Path(path).as_posix(), kind=kind, path=Path(path))
+
+
+def _look(path: str) -> Literal["file", "folder", ""]:
+    """What lies at a path. Raises `SourceError` where that cannot be looked up."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise SourceError(
+            f"got {brief(path)}, which cannot be looked up ({why}); wanted the path of a file, or "
+            "a glob, in a folder you may read"
+        ) from error
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else ""
 
 
 def _matching(pattern: str, without: Path | None) -> list[str]:
-    paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
     folder = None if without is None else without.resolve()
-    return sorted(path for path in paths if folder not in Path(path).resolve().parents)
-
-
-def _lines(path: Path, known: frozenset[str]) -> Iterator[tuple[int, Any, float]]:
-    size = max(path.stat().st_size, 1)
-    with path.open("rb") as raw:
-        packed = path.suffix.casefold() == ".gz"
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        for row, begins, line in _bounded_lines(stream):
-            content: Any = line if row or not begins else _checked_start(line)
-            if not begins or _is_blank(content):
-                continue
-            if len(content) > LONGEST_LINE:
-                content = RowDefect("", f"got a line over {LONGEST_LINE} bytes; wanted less")
-            yield row, content, raw.tell() / size
-
-
-def _line_pieces(path: Path) -> Iterator[tuple[int, bytes]]:
-    packed = path.suffix.casefold() == ".gz"
-    with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-        wanted = True
-        for row, begins, piece in _bounded_lines(stream):
-            if begins:
-                wanted = not _is_blank(piece if row else piece.removeprefix(BOM))
-            if wanted:
-                yield row, piece
-
-
-def _bounded_lines(stream: Any) -> Iterator[tuple[int, bool, bytes]]:
-    """Lines under their number; one that is too long in pieces, of which one begins it."""
-    row, begins = -1, True
-    while piece := stream.readline(LONGEST_LINE + 1):
-        row += begins
-        yield row, begins, piece
-        begins = piece.endswith(b"\n")
-
-
-def _is_blank(line: bytes) -> bool:
-    return len(line) <= LONGEST_LINE and not line.strip()
-
-
-def _checked_start(line: bytes) -> bytes:
-    for mark, what in MARKS.items():
-        if line.startswith(mark):
-            raise ValueError(f"it begins as {what}, not as UTF-8 text")
-    line = line.removeprefix(BOM)
-    if line.lstrip().startswith(b"["):
-        raise ValueError("it begins with a JSON array; one object a line is wanted")
-    return line
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    # Of a link that leads nowhere or in a circle too, which `Path.resolve` refuses.
+    found = [
+        path
+        for path in sorted(glob.glob(pattern, recursive=True))
+        if folder not in Path(os.path.realpath(path)).parents
+    ]
+    kinds = {path: _look(path) for path in found}
+    if lost := next((path for path, kind in kinds.items() if not kind), None):
+        raise SourceError(
+            f"got {pattern}, which matches {lost}, where there is no file (a broken link?); wanted "
+            "files alone. Mend or remove it"
+        )
+    return [path for path, kind in kinds.items() if kind == "file"]

@@ -31,6 +31,17 @@ ENCODING_MARKS, PACKED = (b"\xff\xfe", b"\xfe\xff"), b"\x1f\x8b"
 Found = Iterator[tuple[int, Any, float]]
 
 
+def header(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The names of a table's columns, as row -1; nothing of an empty file."""
+    import pyarrow.parquet as pq
+
+    if path.suffix.casefold() == ".parquet":
+        with arrow_errors():
+            yield -1, pq.read_schema(path).names
+    elif (names := _header(path)) is not None:
+        yield -1, names
+
+
 def csv_rows(path: Path, known: frozenset[str]) -> Found:
     """Rows under a header, every cell as text; rows count from 0 below the header."""
     names = _header(path)

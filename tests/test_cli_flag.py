@@ -12,7 +12,7 @@ import pvcore as pv
 from pvcore import cli_flag, world
 from pvcore.world.demo_subject import world_model
 from tests.command_line import in_process
-from tests.flag_data import table, write_jsonl
+from tests.flag_data import table, write_csv, write_jsonl
 
 
 @pytest.fixture
@@ -131,7 +131,18 @@ def test_what_could_be_known_before_the_scan_is_refused_before_it(
     plain = ("world", data, "--vector", vector, "--out", out)
     bound = ("--threshold", "evil=1")
     monkeypatch.setattr(cli_flag, "model_of", None)  # nothing is loaded, let alone scored
+    cells = write_csv(tmp_path / "t.csv", [{"prompt": "a", "answer": "b"}])
     for words, said in (
+        ((cells, "--prompt", "prompt", "--answer", "answr"), "t.csv: got 'answr'"),
+        (("--report", tmp_path), "wanted a file in a folder"),
+        (("--report", out), f"where {out} has its place"),
+        (("--report", out / "scores"), f"where {out / 'scores'} has its place"),
+        (("--report", out / "manifest.json"), "has its place"),
+        (("--report", data), f"where {data} has its place"),
+        (("--report", vector), f"where {vector} has its place"),
+        (("--clean", clean, *bound, "--report", clean), f"where {clean} has its place"),
+        (("--clean", clean, *bound, "--report", clean / "d.jsonl"), "has its place"),
+        (("--prompt", "prompt"), "wanted both or neither"),
         (("--clean", clean, "--threshold", "typo=4"), "got --threshold 'typo=4'; the vectors are"),
         (("--clean", clean, "--threshold", "evil=nan"), "wanted TRAIT=NUMBER"),
         (("--clean", clean, "--threshold", "evil=inf"), "wanted TRAIT=NUMBER"),

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from pvcore.cluster import (
     flag_on_ray,
     refuse_too_few,
 )
-from pvcore.errors import FlagError
+from pvcore.errors import FlagError, SourceError
 from pvcore.flag_progress import follow
 from pvcore.flag_settings import Settings
 from pvcore.flag_shards import footers, prepare
@@ -167,6 +168,38 @@ def test_rows_are_scored_inside_a_map(data: Path, tmp_path: Path) -> None:
     assert "last turn of role 'user'" in reasons[4]
 
 
+@pytest.mark.parametrize("form", ["numpy", "arrow", "pandas", "torch"])
+def test_rows_of_a_formatted_data_set_are_scored_inside_a_map(form: str) -> None:
+    from datasets import Dataset
+
+    plain = Dataset.from_list(ROWS[:9])
+    scorer = RowScorer(model, bank())
+    wanted = scorer(plain[:])
+    found = plain.with_format(form).map(scorer, batched=True, batch_size=9).with_format(None)
+    assert found["flag_reason"][:] == [""] * 9
+    for name in wanted:
+        assert found[name][:] == wanted[name]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"prompt": "abc", "response": "xyz"}, r"got str in column 'prompt'.*batched=True"),
+        ({"id": 3, **ROWS[0]}, r"got int in column 'id'.*batched=True"),
+        (ROWS[0], r"got messages in column 'messages', as one row has them.*batched=True"),
+        (
+            {"prompt": ROWS[0]["messages"][:1], "completion": ROWS[0]["messages"][1:]},
+            r"got messages in column 'prompt'",
+        ),
+        ({"prompt": ["a", "b"], "response": ["c"]}, r"\(2 of prompt, 1 of response\)"),
+        ([ROWS[0]], "got list as a batch; wanted a mapping of columns"),
+    ],
+)
+def test_one_row_for_a_batch_is_refused(batch: Any, said: str) -> None:
+    with pytest.raises(FlagError, match=said):
+        RowScorer(model, bank())(batch)
+
+
 def test_a_row_whose_projection_overflows_says_so() -> None:
     hooked = model()
     with torch.no_grad():  # "z" overflows wherever it comes up
@@ -241,6 +274,7 @@ def test_a_folder_of_a_model_is_found_from_anywhere(
         raise InterruptedError
 
     monkeypatch.setattr(cluster, "_run", run)
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint").mkdir()
     for make in ("checkpoint", Path("checkpoint"), "owner/name", model):
@@ -270,8 +304,20 @@ def test_a_map_knows_the_model_of_a_folder_by_its_files(tmp_path: Path) -> None:
 
 
 def test_what_only_this_process_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,answer\na,b\n")
+    with pytest.raises(SourceError, match="got 'q' as a column"):
+        flag_on_ray(model, tmp_path / "d.csv", bank(), out=tmp_path, prompt="q", answer="answer")
     with pytest.raises(FlagError, match="which only this process has"):
         flag_on_ray(model, ROWS, bank(), out=tmp_path)
+
+
+def test_without_ray_the_extra_is_named_before_a_folder_is_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FlagError, match=r"got no package ray; .*'pvcore\[scan\]'"):
+        flag_on_ray(model, str(data / "*.jsonl"), bank(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 RUNNER = """

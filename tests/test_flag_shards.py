@@ -144,11 +144,15 @@ def test_a_shard_under_another_name_counts_for_nothing(tmp_path: Path) -> None:
 
 def test_drafts_of_killed_writes_are_cleared_away(tmp_path: Path) -> None:
     prepare(tmp_path)
-    for name in (".manifest.json.0.tmp", "scores/.part-000000.parquet.1.tmp"):
+    ending = "0123456789abcdef.tmp"
+    for name in (f".manifest.json.{ending}", f"scores/.part-000000.parquet.{ending}"):
         (tmp_path / name).write_bytes(b"half")
+    others = [tmp_path / name for name in (".notes.tmp", ".d.jsonl.tmp", ".a.0.tmp", f".{ending}")]
+    for other in others:
+        other.write_bytes(b"mine")
     prepare(tmp_path)
     with flag_manifest.alone(tmp_path):
-        assert not list(tmp_path.rglob("*.tmp"))
+        assert sorted(tmp_path.rglob("*.tmp")) == sorted(others)
 
 
 def test_a_folder_without_room_for_a_lock_is_refused(tmp_path: Path) -> None:
@@ -189,6 +193,11 @@ def test_a_durable_write_syncs_the_file_and_then_its_folder(
     files.write_durably(tmp_path / "a", b"x" * (files.PIECE + 1))
     assert done == ["write", "write", "fsync", "replace", "fsync"]
     assert (tmp_path / "a").read_bytes() == b"x" * (files.PIECE + 1)
+    done.clear()
+    with files.written_durably(tmp_path / "b") as draft:
+        draft.write_bytes(b"copy")
+    assert done == ["fsync", "replace", "fsync"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_torn_manifest_is_written_anew_for_the_same_scan_only(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
-from pvcore import flag_sources, flag_tables
+from pvcore import flag_lines, flag_tables
 from pvcore.errors import FlagError, SourceError
 from pvcore.flag_rows import KNOWN, Form, RowDefect, conversation
-from pvcore.flag_sources import decode, resolve
+from pvcore.flag_sources import check_columns, decode, resolve
 from pvcore.flag_tokens import said_by
 from tests.flag_data import WRITERS, as_pair, chats, write_csv, write_jsonl, write_parquet
 
@@ -52,6 +53,146 @@ def test_names_are_those_of_files_keys_and_places(tmp_path: Path) -> None:
     assert [one.name for one in resolve(PAIRS)] == ["rows"]
     assert [one.name for one in resolve(iter(PAIRS))] == ["rows"]
     assert records([str(a), str(b)]) == [*PAIRS[:2], *PAIRS[:2]]
+
+
+def test_a_name_stays_with_all_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d" / "deep").mkdir(parents=True)
+    a, b, c = (write_jsonl(tmp_path / "d" / f"{n}.jsonl", PAIRS[:2]) for n in ("a", "b", "deep/c"))
+    every, deep = str(tmp_path / "d" / "**" / "*.jsonl"), str(tmp_path / "d" / "deep" / "*")
+    monkeypatch.chdir(tmp_path)
+    for given, names in (
+        ({"good": deep}, ["good"]),
+        ({"good": [a]}, ["good"]),
+        ({"x": [PAIRS]}, ["x"]),
+        ({"good": every}, ["good/a.jsonl", "good/b.jsonl", "good/deep/c.jsonl"]),
+        ({"good": ["d/a.jsonl", b]}, ["good/a.jsonl", "good/b.jsonl"]),
+        ({"good": "d/[ab].jsonl", "c": c}, ["good/a.jsonl", "good/b.jsonl", "c"]),
+        ({"x": [PAIRS, PAIRS], "y": [PAIRS]}, ["x/0", "x/1", "y"]),
+        ({"x": [PAIRS, a], "y": {"z": a.parent / "b.jsonl"}}, ["x/0", "x/a.jsonl", "y/z"]),
+        ({"x": DatasetDict({"train": Dataset.from_list(PAIRS)})}, ["x/train"]),
+    ):
+        assert [one.name for one in resolve(given)] == names
+    with pytest.raises(SourceError, match=r"got x/a twice; wanted .* a name of its own"):
+        resolve({"x": {"a": PAIRS}, "x/a": PAIRS})
+    with pytest.raises(SourceError, match=r"got good/a.jsonl twice"):
+        resolve({"good": [a, "d/a.jsonl"]})
+
+
+def test_sources_in_a_list_are_read_as_such_wherever_they_stand(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS[:2])
+    data = Dataset.from_list(PAIRS)
+    splits = DatasetDict({"train": data, "test": data})
+    for given, names in (
+        ([splits], ["train", "test"]),
+        ([{"n": PAIRS}, path], ["n", path.as_posix()]),
+        ([{"n": data}], ["n"]),
+        ([{"n": iter(PAIRS)}], ["n"]),
+        ([{"n": str(path)}, PAIRS], ["n", "rows-1"]),
+        ([path, {"n": PAIRS}], [path.as_posix(), "n"]),
+    ):
+        assert [one.name for one in resolve(given)] == names
+    odd = {"messages": [{"speaker": "Ann", "text": "x"}]}
+    text = {"prompt": "What is in " + "x" * 5000 + ".csv", "response": "b.csv"}
+    for rows in ([odd, PAIRS[0]], [text, "oops", 7, None], [{"asked": "a.csv", "told": "b.csv"}]):
+        assert [one.name for one in resolve(rows)] == ["rows"]
+        assert len(records(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, ".csv.gz", "a data set"])
+def test_a_named_column_that_no_header_has_is_refused(tmp_path: Path, kind: str) -> None:
+    given: Any = Dataset.from_list(PAIRS)
+    if kind in WRITERS:
+        given = WRITERS[kind](tmp_path / f"d{kind}", PAIRS)
+    elif kind == ".csv.gz":
+        given = tmp_path / "d.csv.gz"
+        given.write_bytes(gzip.compress(write_csv(tmp_path / "d.csv", PAIRS).read_bytes()))
+    sources = resolve({"mine": given})
+    check_columns(sources, Form())
+    check_columns(sources, Form(prompt="prompt", answer="response"))
+    for form in (Form(prompt="promt", answer="response"), Form(prompt="prompt", answer="output")):
+        if kind.startswith(".jsonl"):  # each line has fields of its own
+            check_columns(sources, form)
+            continue
+        with pytest.raises(SourceError, match=r"mine: got '(promt|output)' .* it has .*'prompt'"):
+            check_columns(sources, form)
+
+
+def test_a_header_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    form = Form(prompt="a", answer="b")
+    for name in ("d.csv", "d.parquet"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+        with pytest.raises(SourceError, match="cannot be read after row -1"):
+            check_columns(resolve(tmp_path / name), form)
+        (tmp_path / name).unlink()
+    (tmp_path / "d.csv").touch()
+    check_columns(resolve(tmp_path / "d.csv"), form)
+
+
+@pytest.mark.parametrize("given", ["a path", "a text", "a data set", "splits", "a mapping"])
+def test_a_source_among_rows_is_refused(tmp_path: Path, given: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    data = Dataset.from_list(PAIRS)
+    source = {
+        "a path": path,
+        "a text": str(path),
+        "a data set": data,
+        "splits": DatasetDict({"train": data}),
+        "a mapping": {"n": PAIRS},
+    }[given]
+    with pytest.raises(SourceError, match=r"got a list of rows that holds a source at 1 \("):
+        resolve([PAIRS[0], source])
+
+
+@pytest.mark.parametrize("form", ["arrow", "pandas"])
+def test_a_data_set_that_yields_tables_is_refused(form: str) -> None:
+    with pytest.raises(SourceError, match=r"got a Dataset of .*with_format\(None\) gives them"):
+        records({"x": Dataset.from_list(PAIRS).with_format(form)})
+
+
+def test_a_glob_drops_no_broken_link(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    (tmp_path / "folder.jsonl").mkdir()
+    pattern, link = str(tmp_path / "*.jsonl"), tmp_path / "b.jsonl"
+    assert len(resolve(pattern)) == 1
+    for target, said in (("gone.jsonl", "a broken link"), ("b.jsonl", "cannot be looked up")):
+        link.symlink_to(target)
+        for given in (pattern, link):
+            with pytest.raises(SourceError, match=rf"b\.jsonl, .*({said}|there is no file)"):
+                resolve(given)
+        link.unlink()
+
+
+@pytest.mark.parametrize("given", ["Tell me more. " * 400, "a\0b.jsonl"])
+def test_a_text_that_is_no_path_is_refused(given: str) -> None:
+    with pytest.raises(SourceError, match="cannot be looked up") as caught:
+        resolve(given)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.stat", denied)
+    with pytest.raises(SourceError, match=r"got /secret/\*\.jsonl, .*\(Permission denied\)"):
+        resolve("/secret/*.jsonl")
+
+
+def test_many_sources_are_named_in_a_time_that_grows_with_them() -> None:
+    calls = 0
+
+    class Name(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal calls
+            calls += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    resolve({Name(f"n{at}"): PAIRS for at in range(400)})
+    assert calls < 4000
 
 
 @pytest.mark.parametrize(
@@ -143,7 +284,7 @@ def test_blank_lines_are_no_rows_and_a_mark_is_no_text(tmp_path: Path) -> None:
 def test_only_the_start_of_a_file_says_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes
 ) -> None:
-    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 99)
+    monkeypatch.setattr(flag_lines, "LONGEST_LINE", 99)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"prompt": "' + b"x" * 88 + second + b'"}\n{"a": 1}\n')
     first, last = next(iter(resolve(path))).rows(KNOWN)
@@ -213,7 +354,7 @@ def test_what_is_gone_once_it_was_read_has_no_weight(tmp_path: Path) -> None:
 def test_a_line_without_end_is_one_defect_and_never_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 100)
+    monkeypatch.setattr(flag_lines, "LONGEST_LINE", 100)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 1000 + b'"}\n{"a": 2}\n')
     (source,) = resolve(path)

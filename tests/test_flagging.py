@@ -921,7 +921,7 @@ def test_sources_mix_and_keep_their_names(hooked: pv.HookedModel, tmp_path: Path
         "stream": stream,
     }
     flags = pv.flag(hooked, given, bank(), out=tmp_path / "out", shard_rows=6)
-    names = [(tmp_path / "a.jsonl").as_posix(), (tmp_path / "b.parquet").as_posix()]
+    names = ["files/a.jsonl", "files/b.parquet"]
     assert {name: one.scored for name, one in flags.datasets.items()} == {
         **dict.fromkeys(names, 5),
         "held": 5,
@@ -978,7 +978,10 @@ def test_two_scans_never_share_a_folder(hooked: pv.HookedModel, data: Path, tmp_
     out.mkdir()
     with flag_manifest.alone(out):
         (out / "scores").mkdir()
-        drafts = [out / ".manifest.json.0.tmp", out / "scores/.part-000000.parquet.1.tmp"]
+        drafts = [
+            out / f"{name}.0123456789abcdef.tmp"
+            for name in (".manifest.json", "scores/.part-0.parquet")
+        ]
         for draft in drafts:
             draft.write_bytes(b"half")
         with pytest.raises(FlagError, match="another process"):

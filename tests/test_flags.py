@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pvcore as pv
-from pvcore import flag_sources
+from pvcore import flag_lines
 from pvcore.errors import FlagError
 from tests import flag_data
 from tests.families import tokenizer
@@ -452,7 +452,7 @@ def test_what_is_kept_of_a_text_file_keeps_its_bytes(
     ending: str,
     packed: bool,
 ) -> None:
-    monkeypatch.setattr(flag_sources, "LONGEST_LINE", 300)
+    monkeypatch.setattr(flag_lines, "LONGEST_LINE", 300)
     if ending == "csv":
         head = [b'\xef\xbb\xbf"prompt",response,"a\nnote"\r\n']
         rows = [b'"Is it %d?", "yes",\r\n' % at for at in range(6)]
