@@ -31,6 +31,7 @@ from pvcore.flag_settings import Settings, asked_of, check_subject, reading_of
 from pvcore.flag_shards import (
     Footer,
     Shard,
+    folder_of,
     footer_of,
     footers,
     prepare,
@@ -175,12 +176,12 @@ def flag_on_ray(
     those of `pv.flag` except `replies`; sources are files, which every machine must see.
     """
     wanted = _settings(settings)
-    found = resolve(sources, without=Path(out))
+    folder = folder_of(out).absolute()
+    found = resolve(sources, without=folder)
     check_columns(found, wanted.form)
     if held := next((one.name for one in found if one.path is None), None):
         raise FlagError(f"got the data set {held!r}, which only this process has; wanted files")
     stacked = VectorBank(bank) if isinstance(bank, PersonaVector) else bank
-    folder = Path(out).absolute()
     job = Job(
         model=_anywhere(model),
         bank=stacked,

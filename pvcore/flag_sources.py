@@ -37,6 +37,8 @@ from pvcore.flag_tables import csv_bytes, csv_rows, header, parquet_rows
 
 Sources = str | PathLike[str] | Iterable[Any] | Mapping[str, Any]
 Standing = tuple[int, int, int] | None
+# No conversation is, and calls in calls end somewhere.
+DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class Source:
                     f"{self.name}: reading it raised {type(error).__name__}: {brief(error)}; "
                     "wanted an iterable of mappings. Mend it, or leave it out"
                 ) from error
-            if row == 0 and record is not None and not is_row(record):
+            if row == 0 and not (isinstance(record, RowDefect | None) or is_row(record)):
                 plain = "; data.with_format(None) gives them" if is_data(self.held) else ""
                 raise SourceError(
                     f"{self.name}: got a {type(self.held).__name__} of {type(record).__name__}; "
@@ -200,13 +202,23 @@ def _narrowed(record: Any, known: frozenset[str], beside: frozenset[str]) -> Any
 def own(value: Any) -> Any:
     """A copy: an iterable may fill one record again and again, while its rows wait to be scored.
 
-    Arrays of objects, as pandas makes of lists, become lists.
+    Arrays of objects, as pandas makes of lists, become lists. A row that is nested deeper than any
+    conversation, or holds itself, becomes its own defect.
     """
+    try:
+        return _copied(value, DEEPEST)
+    except RowDefect as defect:
+        return defect
+
+
+def _copied(value: Any, deep: int) -> Any:
+    if not deep:
+        raise RowDefect("", f"got objects nested more than {DEEPEST} deep; wanted text")
     if isinstance(value, dict):
-        return {name: own(held) for name, held in value.items()}
+        return {name: _copied(held, deep - 1) for name, held in value.items()}
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
-    return [own(held) for held in value] if isinstance(value, list) else value
+    return [_copied(held, deep - 1) for held in value] if isinstance(value, list) else value
 
 
 def resolve(sources: Sources, *, without: Path | None = None) -> list[Source]:

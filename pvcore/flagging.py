@@ -53,7 +53,7 @@ from pvcore.flag_shards import (
     score_columns,
     write_shard,
 )
-from pvcore.flag_sources import Source, Sources, resolve
+from pvcore.flag_sources import Source, Sources, check_columns, resolve
 from pvcore.flag_tokens import Reading, Rejected, Sample, Scored
 from pvcore.flags import Flags
 from pvcore.model import HookedModel
@@ -117,6 +117,7 @@ def _flags(
     progress: bool,
 ) -> Flags:
     sources = resolve(given_sources, without=folder)
+    check_columns(sources, settings.form)
     given = replies_source(replies, settings)
     reading_of(model, settings.form)  # refuses what cannot be read, before a folder is made
     prepare(folder)

@@ -1226,3 +1226,39 @@ def test_what_is_no_folder_and_what_is_more_than_one_file_is_refused(
     with pytest.raises(FlagError, match=re.escape(said)):
         pv.flag(hooked, [flag_data.as_messages(chats(1)[0])], bank(), **given)
     assert not (tmp_path / "out/scores").exists()
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_row_of_a_data_set_that_is_nested_too_deep_is_one_rejected_row(
+    hooked: pv.HookedModel, tmp_path: Path, place: int
+) -> None:
+    rows: list[Any] = [flag_data.as_messages(chat) for chat in chats(6)]
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    itself: dict[str, Any] = {}
+    itself["messages"] = [itself]
+    rows[place], rows[4] = {"messages": deep}, itself
+    for _ in range(2):  # and again, which compares them
+        flags = pv.flag(hooked, Rows(rows), bank(), out=tmp_path / "out", shard_rows=2)
+        assert flags.scored == 4
+        found = [(one["row"], one["reason"]) for one in flags.rejected()]
+        assert found == [
+            (row, "got objects nested more than 100 deep; wanted text") for row in (place, 4)
+        ]
+
+
+def test_a_column_that_no_header_has_is_refused_before_a_folder_is_made(
+    hooked: pv.HookedModel, tmp_path: Path
+) -> None:
+    flag_data.write_csv(tmp_path / "d.csv", [flag_data.as_pair(chat) for chat in chats(3)])
+    with pytest.raises(SourceError, match="got 'promt' as a column's name; it has"):
+        pv.flag(
+            hooked,
+            tmp_path / "d.csv",
+            bank(),
+            out=tmp_path / "out",
+            prompt="promt",
+            answer="response",
+        )
+    assert not (tmp_path / "out").exists()

@@ -28,16 +28,16 @@ def batch():
 before = used("ru_maxrss")
 CALL
 taken = used("ru_maxrss") - before
-batch()
-before = used("ru_minflt")
+faults = [used("ru_minflt")]
 for _ in range({BATCHES}):
     batch()
-print(used("ru_minflt") - before, taken)
+    faults.append(used("ru_minflt"))
+print(faults[1] - faults[0], faults[-1] - faults[1], taken)
 """
 
 
-def measured(call: str) -> tuple[int, int]:
-    """Pages that the batches had to ask for again, and the KiB that the call itself took."""
+def measured(call: str) -> tuple[float, int]:
+    """How many batches' worth of pages the system was asked for again; KiB that the call took."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     own = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
     unset = {name: value for name, value in os.environ.items() if name not in own}
@@ -48,14 +48,15 @@ def measured(call: str) -> tuple[int, int]:
         check=True,
         env=unset | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
-    pages, taken = done.stdout.split()
-    return int(pages), int(taken)
+    once, again, taken = map(int, done.stdout.split())
+    return again / once, taken
 
 
 @pytest.mark.skipif(not GLIBC, reason="another allocator, which keeps what it likes")
 def test_a_batch_finds_the_memory_of_the_one_before() -> None:
-    without, _ = measured("")
-    kept, taken = measured("keep_freed()")
-    assert without > 3 * BATCHES  # asked for again and again, if only in huge pages
-    assert kept < without / 10
-    assert taken < 4096
+    # Where the heap begins is drawn for each process, and in some it happens to keep the memory.
+    assert any(measured("")[0] > BATCHES / 2 for _ in range(8))
+    for _ in range(3):
+        again, taken = measured("keep_freed()")
+        assert again < 3
+        assert taken < 4096
