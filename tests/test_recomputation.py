@@ -180,7 +180,7 @@ def copying() -> Any:
 
 @pytest.mark.skipif(
     not hasattr(Qwen2DecoderLayer.forward, "__wrapped__"),
-    reason="this transformers checkpoints a block's hooks with it, where a copy is refused",
+    reason="another version: its checkpoints hold a block's hooks, where a copy is refused",
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
