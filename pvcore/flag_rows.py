@@ -8,8 +8,7 @@ from numbers import Integral
 from typing import Literal
 
 from pvcore.errors import FlagError
-from pvcore.flag_blanks import is_filled as is_filled  # sources ask it of rows, too
-from pvcore.flag_blanks import is_given, is_told
+from pvcore.flag_blanks import is_filled, is_given, is_told
 
 Message = dict[str, str]
 Turn = Literal["last", "first"]

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pvcore.errors import SourceError
+from pvcore.flag_blanks import is_filled
 from pvcore.flag_lines import json_lines, line_pieces
-from pvcore.flag_rows import BESIDE, Form, RowDefect, each_once, is_filled, is_unicode
+from pvcore.flag_rows import BESIDE, Form, RowDefect, each_once, is_unicode
 from pvcore.flag_shapes import (
     SUFFIXES,
     Kind,
