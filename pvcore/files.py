@@ -42,20 +42,14 @@ def write_durably(path: Path, content: bytes) -> None:
 
     The rename itself is on the disk only when the folder is.
     """
-    draft = _draft(path)
-    try:
+    with written_durably(path) as draft:
         file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             view = memoryview(content)
             while view:
                 view = view[os.write(file, view[:PIECE]) :]
-            os.fsync(file)
         finally:
             os.close(file)
-        os.replace(draft, path)
-        sync_folder(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager
